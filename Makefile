@@ -1,0 +1,18 @@
+# From a bare machine with Python 3.11 or newer: `make demo` installs and shows the tiny model
+# write, `make test` installs and runs the tests. Both work in .venv and reuse it afterwards.
+PYTHON ?= python3
+VENV   ?= .venv
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python sample.py
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q tests
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,635 @@
+"""LLaDA and Dream, two masked diffusion language models, as one hand-written transformer.
+
+Everything between a checkpoint on disk and its logits: `Config` reads either family's
+config.json, `Backbone` is the network, `load` fills it from safetensors without ever holding the
+weights twice, `Tokenizer` turns text and chats into ids. No transformers, no remote code.
+
+    from model import load
+    backbone, tokenizer = load("tiny")              # or "llada-8b", a folder, a hub id
+    logits = backbone(ids)                          # (B, T) -> (B, T, V)
+
+Both families are pre-norm decoder blocks without the causal mask. They differ in three places,
+each a field of `Config`: Dream has biases on q, k and v (`qkv_bias`), shares key/value heads among
+query heads (`kv_heads`), and rotates in the weights' dtype where LLaDA rotates in float32
+(`rope_float32`). A fourth difference is outside the network: Dream's logits at position i are for
+token i + 1 (`shift`); they are returned raw here, and whoever uses them moves them.
+"""
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
+    "tiny": HERE / "checkpoints" / "tiny",
+    "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
+    "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
+    "llada-1.5": "GSAI-ML/LLaDA-1.5",
+    "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
+    "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+# ------------------------------------------------------------------ errors and atomic files
+class InputError(ValueError):
+    """Something the user can put right. Scripts print it as one line and exit with code 2."""
+
+
+def command(main):
+    """Wrap a script's `main(argv=None)`: an `InputError` or a full disk becomes one line on stderr
+    and exit code 2 instead of a traceback; Ctrl-C becomes exit code 130."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except InputError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = f"the disk is full ({error.filename or error.strerror}); free some space"
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        return 2
+
+    return wrapped
+
+
+def write_atomic(path: str | Path, write) -> None:
+    """Call `write(temporary_path)`, flush it to disk, then rename it onto `path`: a kill or a full
+    disk at any moment leaves the previous file whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file, or an `InputError` that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------ configuration
+@dataclass(frozen=True)
+class Config:
+    """Sizes and ids of a backbone, the same names for both families."""
+
+    family: str            # "llada" | "dream"
+    dim: int               # d, width of the residual stream
+    layers: int
+    heads: int             # query heads
+    kv_heads: int          # key/value heads, a divisor of heads
+    mlp_dim: int           # width of the SwiGLU's two branches
+    vocab: int             # V, rows of the embedding and of the head
+    max_len: int           # longest sequence the model was built for, prompt included
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    rope_float32: bool     # rotate q and k in float32 (LLaDA) or in the weights' dtype (Dream)
+    tied: bool             # the head is the embedding
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    dtype: str = "bfloat16"  # as the config file states it; `load` follows the stored tensors
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def shift(self) -> bool:
+        """True when the logits at position i are for token i + 1 (Dream)."""
+        return self.family == "dream"
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the backbone."""
+        kv = self.kv_heads * self.head_dim
+        attention = 2 * self.dim * self.dim + 2 * self.dim * kv
+        bias = (self.dim + 2 * kv) * self.qkv_bias
+        block = attention + bias + 3 * self.dim * self.mlp_dim + 2 * self.dim
+        return self.vocab * self.dim * (1 if self.tied else 2) + self.layers * block + self.dim
+
+    def __post_init__(self):
+        ints = ("dim", "layers", "heads", "kv_heads", "mlp_dim", "vocab", "max_len")
+        for name in (*ints, "mask_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (1 if name in ints else 0):
+                raise InputError(f"config: {name} is {value!r}, which is not a usable whole number")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"config: {name} is {value!r}, which is not a positive number")
+        if self.dim % self.heads or self.head_dim % 2:
+            raise InputError(f"config: width {self.dim} does not split into {self.heads} even heads")
+        if self.heads % self.kv_heads:
+            raise InputError(f"config: {self.heads} heads do not share {self.kv_heads} kv heads")
+        for name in ("mask_id", "eos_id", "pad_id"):
+            if getattr(self, name) >= self.vocab:
+                raise InputError(f"config: {name} {getattr(self, name)} is outside the vocabulary "
+                                 f"of {self.vocab}")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Config:
+        """Read a published config.json (the file, or its folder) of either family. Raises
+        `InputError` for a file that is missing or broken, a family we do not know, or a setting
+        that no published checkpoint uses and this implementation does not have."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"no config.json in {path.parent}: pass a folder with config.json, "
+                             "*.safetensors and the tokenizer's files")
+        raw = read_json(path)
+        family = str(raw.get("model_type", "missing")).lower()
+        if family not in ("llada", "dream"):
+            raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; "
+                             "the families known here are llada and dream")
+        expected = _LLADA_FIXED if family == "llada" else _DREAM_FIXED
+        for key, value in expected.items():
+            if raw.get(key, value) != value:
+                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported (only {value!r})")
+        try:
+            return (cls._llada if family == "llada" else cls._dream)(raw)
+        except KeyError as error:
+            raise InputError(f"{path}: {error.args[0]} is missing") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def _llada(cls, raw: dict) -> Config:
+        heads = raw["n_heads"]
+        kv_heads = 1 if raw.get("multi_query_attention") else raw.get("n_kv_heads") or heads
+        return cls(
+            family="llada", dim=raw["d_model"], layers=raw["n_layers"], heads=heads,
+            kv_heads=kv_heads, vocab=raw.get("embedding_size") or raw["vocab_size"],
+            # mlp_ratio counts only where mlp_hidden_size is absent; 8B has both, and they disagree
+            mlp_dim=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
+            max_len=raw["max_sequence_length"], rope_theta=raw.get("rope_theta", 10000.0),
+            norm_eps=raw.get("rms_norm_eps", 1e-5), qkv_bias=bool(raw.get("include_qkv_bias")),
+            rope_float32=bool(raw.get("rope_full_precision", True)),
+            tied=bool(raw.get("weight_tying")), mask_id=raw["mask_token_id"],
+            eos_id=raw["eos_token_id"], pad_id=raw.get("pad_token_id", raw["eos_token_id"]),
+            dtype=raw.get("torch_dtype") or "bfloat16")
+
+    @classmethod
+    def _dream(cls, raw: dict) -> Config:
+        return cls(
+            family="dream", dim=raw["hidden_size"], layers=raw["num_hidden_layers"],
+            heads=raw["num_attention_heads"],
+            kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            mlp_dim=raw["intermediate_size"], vocab=raw["vocab_size"],
+            max_len=raw["max_position_embeddings"], rope_theta=raw["rope_theta"],
+            norm_eps=raw["rms_norm_eps"], qkv_bias=True, rope_float32=False,
+            tied=bool(raw.get("tie_word_embeddings")), mask_id=raw["mask_token_id"],
+            eos_id=raw["eos_token_id"], pad_id=raw.get("pad_token_id", raw["eos_token_id"]),
+            dtype=raw.get("torch_dtype") or "bfloat16")
+
+
+_LLADA_FIXED = {  # what every published LLaDA config says; another value would change the network
+    "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
+    "alibi": False, "include_bias": False, "bias_for_layer_norm": False, "scale_logits": False,
+    "input_emb_norm": False, "attention_layer_norm": False}
+_DREAM_FIXED = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False,
+                "use_mrope": False}
+
+LLADA_8B = Config("llada", 4096, 32, 32, 32, 12288, 126464, 4096, 500000.0, 1e-5, False, True,
+                  False, 126336, 126081, 126081)
+DREAM_7B = Config("dream", 3584, 28, 28, 4, 18944, 152064, 131072, 1e6, 1e-6, True, False, False,
+                  151666, 151643, 151643)
+
+
+# ------------------------------------------------------------------ the network
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight (the order both families use)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., d) -> (..., d)
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_tables(config: Config, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotation angles, each (length, head_dim / 2), float32."""
+    half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    inv_freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE in the two-halves form: [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin].
+    x (B, T, nh, hd), cos and sin (T, hd / 2); computed in the dtype of cos."""
+    x1, x2 = x.to(cos.dtype).chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]                           # (T, 1, hd / 2)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU. q, k, v are one matrix, and so are gate and up: one read of
+    the activations each, and rows stacked in that order so that splitting is a view."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.qkv = nn.Linear(c.dim, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.dim, c.dim, bias=False)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.gate_up = nn.Linear(c.dim, 2 * c.mlp_dim, bias=False)
+        self.down = nn.Linear(c.mlp_dim, c.dim, bias=False)
+
+    def attention(self, x, rope, keys_allowed):
+        B, T, _ = x.shape
+        nh, nkv, hd = self.c.heads, self.c.kv_heads, self.c.head_dim
+        qkv = self.qkv(x).view(B, T, nh + 2 * nkv, hd)              # (B, T, nh + 2 nkv, hd)
+        qk = rotate(qkv[:, :, :nh + nkv], *rope).transpose(1, 2)    # (B, nh + nkv, T, hd)
+        q, k, v = qk[:, :nh], qk[:, nh:], qkv[:, :, nh + nkv:].transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_allowed, enable_gqa=nh != nkv)
+        return self.out(y.transpose(1, 2).reshape(B, T, nh * hd))   # (B, T, d)
+
+    def forward(self, x, rope, keys_allowed):
+        x = x + self.attention(self.attn_norm(x), rope, keys_allowed)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)      # (B, T, mlp_dim) each
+        return x + self.down(F.silu(gate) * up)
+
+
+class Backbone(nn.Module):
+    """A LLaDA or Dream transformer: ids -> embed -> hidden -> logits, each callable on its own,
+    because a memory writes between the first two and reads after the second."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
+        self._rope = None  # (cos, sin), grown on demand: Dream's 131,072 positions are 134 MB
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids -> (B, T, d)."""
+        return self.embedding(ids)
+
+    def hidden(self, e: torch.Tensor, pad_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, d) embeddings -> (B, T, d) after the last norm. pad_mask (B, T) is True where
+        padded: those keys are hidden from every query. Positions stay 0..T-1 also with padding on
+        the left: RoPE sees differences only, so real rows come out as without the padding."""
+        rope = self._rope_for(e)
+        keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, T)
+        for block in self.blocks:
+            e = block(e, rope, keys_allowed)
+        return self.norm(e)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V), raw: not moved by Dream's one position, nothing suppressed."""
+        return F.linear(h, self.embedding.weight) if self.head is None else self.head(h)
+
+    def forward(self, ids: torch.Tensor, pad_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T) ids -> (B, T, V) raw logits."""
+        return self.logits(self.hidden(self.embed(ids), pad_mask))
+
+    def _rope_for(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length, dtype = e.shape[1], torch.float32 if self.config.rope_float32 else e.dtype
+        kept = self._rope
+        if kept is None or len(kept[0]) < length or kept[0].device != e.device \
+                or kept[0].dtype != dtype:
+            rows = 1 << (length - 1).bit_length()                   # next power of two
+            kept = self._rope = tuple(t.to(dtype) for t in rope_tables(self.config, rows, e.device))
+        return kept[0][:length], kept[1][:length]
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> Backbone:
+        """Fresh weights: normal with deviation fan_in ** -0.5, smaller by sqrt(2 (layer + 1)) for
+        the two projections that write to the residual stream (LLaDA's "mitchell" scheme)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            layer = re.match(r"blocks\.(\d+)\.(out|down)\.", name)
+            depth = 2 * (int(layer[1]) + 1) if layer else 1
+            p.normal_(0.0, (p.shape[1] * depth) ** -0.5, generator=generator)
+        return self
+
+
+# ------------------------------------------------------------------ weights
+_LLADA_NAMES = {  # our parameter -> the published ones, in the order in which they are stacked
+    "embedding.weight": ["model.transformer.wte.weight"],
+    "norm.weight": ["model.transformer.ln_f.weight"],
+    "head.weight": ["model.transformer.ff_out.weight"],
+    **{f"blocks.#.{ours}": [f"model.transformer.blocks.#.{t}" for t in theirs.split()]
+       for ours, theirs in {
+           "attn_norm.weight": "attn_norm.weight",
+           "qkv.weight": "q_proj.weight k_proj.weight v_proj.weight",
+           "qkv.bias": "q_proj.bias k_proj.bias v_proj.bias",
+           "out.weight": "attn_out.weight",
+           "mlp_norm.weight": "ff_norm.weight",
+           "gate_up.weight": "ff_proj.weight up_proj.weight",
+           "down.weight": "ff_out.weight"}.items()}}
+_DREAM_NAMES = {
+    "embedding.weight": ["model.embed_tokens.weight"],
+    "norm.weight": ["model.norm.weight"],
+    "head.weight": ["lm_head.weight"],
+    **{f"blocks.#.{ours}": [f"model.layers.#.{t}" for t in theirs.split()]
+       for ours, theirs in {
+           "attn_norm.weight": "input_layernorm.weight",
+           "qkv.weight": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+           "qkv.bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+           "out.weight": "self_attn.o_proj.weight",
+           "mlp_norm.weight": "post_attention_layernorm.weight",
+           "gate_up.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
+           "down.weight": "mlp.down_proj.weight"}.items()}}
+
+
+def _published(config: Config, ours: str) -> tuple[list[str], list[int]]:
+    """The published names that one of our parameters is stacked from, and their row counts."""
+    table = _LLADA_NAMES if config.family == "llada" else _DREAM_NAMES
+    number = re.search(r"\.(\d+)\.", ours)
+    key = re.sub(r"\.\d+\.", ".#.", ours)
+    names = [n.replace("#", number[1]) if number else n for n in table[key]]
+    kv = config.kv_heads * config.head_dim
+    rows = {"qkv": [config.dim, kv, kv], "gate_up": [config.mlp_dim] * 2}
+    return names, rows.get(key.split(".")[-2], [])
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, from model.safetensors or the sharded index."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index} has no weight_map")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or os.path.basename(shard) != shard \
+                    or not shard.endswith(".safetensors"):
+                raise InputError(f"{index}: {name} is said to be in {shard!r}, which is not a "
+                                 "safetensors file of the same folder")
+        where = {name: folder / shard for name, shard in weight_map.items()}
+    else:
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise InputError(f"no model.safetensors and no model.safetensors.index.json in {folder}")
+        where = dict.fromkeys(_open(single).keys(), single)
+    for path in sorted(set(where.values())):
+        if not path.is_file():
+            raise InputError(f"shard {path} is missing: download the checkpoint again")
+        inside = set(_open(path).keys())
+        for name in (n for n, p in where.items() if p == path and n not in inside):
+            raise InputError(f"{path} does not hold {name}, which the index promises")
+        for name in sorted(inside - where.keys()):
+            raise InputError(f"{path} holds {name}, which the index does not list")
+    return where
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): "
+                         "download it again") from error
+
+
+def _list(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_weights(backbone: Backbone, folder: Path, device, dtype: torch.dtype | None) -> None:
+    """Fill a backbone built on the meta device from published safetensors, in place.
+
+    Every tensor of the checkpoint is used and every parameter filled, or it is an `InputError`
+    that names them. Files are memory-mapped: a parameter that is one stored tensor stays a view of
+    the mapping (CPU, dtype as stored), a fused one is copied part by part and its pages are let go
+    at once, because each part is read through a mapping of its own. Peak memory is the weights
+    plus one fused parameter."""
+    config, where = backbone.config, _shards(folder)
+    wanted = {ours: _published(config, ours) for ours in backbone.state_dict()}
+    names = {name for theirs, _ in wanted.values() for name in theirs}
+    if missing := names - where.keys():
+        raise InputError(f"{folder} lacks {_list(missing)}: does config.json belong to it?")
+    if unexpected := where.keys() - names:
+        raise InputError(f"{folder} has unexpected tensors: {_list(unexpected)}")
+    state, stored = {}, None
+    for ours, parameter in backbone.state_dict().items():
+        theirs, rows = wanted[ours]
+        out = None
+        for i, name in enumerate(theirs):
+            tensor = _open(where[name]).get_tensor(name)
+            shape = (rows[i], *parameter.shape[1:]) if rows else tuple(parameter.shape)
+            if tuple(tensor.shape) != shape:
+                raise InputError(f"{where[name]}: {name} has shape {tuple(tensor.shape)}, "
+                                 f"and config.json asks for {shape}")
+            if tensor.dtype not in DTYPES.values():
+                raise InputError(f"{where[name]}: {name} is {tensor.dtype}, which is not one of "
+                                 + ", ".join(DTYPES))
+            stored = stored or dtype or tensor.dtype
+            if not rows:
+                out = tensor.to(device, stored)
+                break
+            if out is None:
+                out = torch.empty(parameter.shape, dtype=stored, device=device)
+            out[sum(rows[:i]):sum(rows[:i + 1])].copy_(tensor)
+        state[ours] = out
+    backbone.load_state_dict(state, assign=True)
+
+
+def save(backbone: Backbone, path: str | Path) -> None:
+    """Write the weights under their published names, so that the published code reads them too."""
+    tensors = {}
+    for ours, parameter in backbone.state_dict().items():
+        names, rows = _published(backbone.config, ours)
+        parts = parameter.split(rows) if rows else [parameter]
+        tensors.update((n, p.contiguous().cpu()) for n, p in zip(names, parts))
+    write_atomic(path, lambda p: save_file(tensors, p, {"format": "pt"}))
+
+
+def find(ckpt: str | Path) -> Path:
+    """The local folder of a checkpoint: a nickname, a folder, or a hub id, which is downloaded
+    (weights, config and tokenizer only) when the hub's cache does not hold it whole."""
+    target = CHECKPOINTS.get(str(ckpt), ckpt)
+    if Path(target).expanduser().is_dir():
+        return Path(target).expanduser()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(target)):
+        raise InputError(f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, "
+                         "random:NAME, a folder with config.json and *.safetensors, or a hub id "
+                         "owner/name")
+    from huggingface_hub import snapshot_download
+    wanted = ["config.json", "generation_config.json", "*.safetensors",
+              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+              "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
+    try:
+        folder = Path(snapshot_download(str(target), allow_patterns=wanted, local_files_only=True))
+        Config.from_json(folder)
+        _shards(folder)
+        return folder
+    except Exception:  # not in the cache, or not whole: the hub's own errors differ by version
+        pass
+    try:
+        return Path(snapshot_download(str(target), allow_patterns=wanted))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot download {target} ({reason}), and there is no such folder; "
+                         "a folder with config.json and *.safetensors works too") from error
+
+
+def load(ckpt: str | Path, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None) -> tuple[Backbone, Tokenizer | None]:
+    """A frozen backbone in eval mode and its tokenizer (None where the checkpoint has none).
+
+    ckpt: a nickname of `CHECKPOINTS`, a folder, a hub id, or "random:NAME" with NAME any of these:
+    the true shapes with random weights made on the device and no tokenizer, for benchmarks.
+    device: CUDA where there is one, else the CPU. dtype: a torch dtype or its name; by default
+    bfloat16 on CUDA and as stored on the CPU. Raises `InputError`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}: pass one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+    if str(ckpt).startswith("random:"):
+        return _random(str(ckpt)[len("random:"):], device, dtype), None
+    folder = find(ckpt)
+    config = Config.from_json(folder)
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    load_weights(backbone, folder, device, dtype)
+    has_tokenizer = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json"))
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+    if tokenizer and (largest := max(tokenizer.vocab.values())) >= config.vocab:
+        raise InputError(f"{folder}: the tokenizer has id {largest}, "
+                         f"the model only {config.vocab} rows")
+    return backbone.eval().requires_grad_(False), tokenizer
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    known = {"llada": LLADA_8B, "dream": DREAM_7B}
+    published = next((known[k] for k in known if name in CHECKPOINTS and name.startswith(k)), None)
+    config = published or Config.from_json(find(name))
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    backbone = backbone.to(dtype or DTYPES.get(config.dtype, torch.bfloat16))
+    backbone = backbone.to_empty(device=device)
+    backbone.initialise(torch.Generator(device).manual_seed(0))
+    return backbone.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ tokenizer and chat format
+_QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """Text and chats to ids and back. LLaDA ships a tokenizer.json; Dream ships the parts of
+    Qwen2's byte-level BPE, from which the same is built here."""
+
+    def __init__(self, core: tokenizers.Tokenizer):
+        self.core = core
+        self.vocab: dict[str, int] = core.get_vocab(with_added_tokens=True)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """From tokenizer.json, else from vocab.json, merges.txt and tokenizer_config.json.
+        Raises `InputError` when neither is there, or a file is broken."""
+        path = Path(path)
+        try:
+            if (path / "tokenizer.json").is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")))
+            for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+                if not (path / name).is_file():
+                    raise InputError(f"no tokenizer in {path}: tokenizer.json is absent, and "
+                                     f"so is {name}")
+            return cls(cls._byte_level_bpe(path))
+        except InputError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InputError(f"cannot read the tokenizer in {path}: {error}") from error
+
+    @staticmethod
+    def _byte_level_bpe(path: Path) -> tokenizers.Tokenizer:
+        core = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+            str(path / "vocab.json"), str(path / "merges.txt")))
+        core.normalizer = normalizers.NFC()
+        core.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        core.decoder = decoders.ByteLevel()
+        added = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+        for number, fields in sorted(added.items(), key=lambda item: int(item[0])):
+            flags = {k: fields[k] for k in ("single_word", "lstrip", "rstrip", "normalized",
+                                            "special") if k in fields}
+            token = AddedToken(fields["content"], **flags)
+            (core.add_special_tokens if flags.get("special") else core.add_tokens)([token])
+            if core.token_to_id(fields["content"]) != int(number):
+                raise InputError(f"{path}/tokenizer_config.json gives {fields['content']} the id "
+                                 f"{number}, which vocab.json does not leave free")
+        return core
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it is: nothing is put in front; special tokens written out count."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special: bool = False) -> str:
+        """Text of a list (or 1-d tensor) of ids, special tokens included unless skipped."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        return self.core.decode(ids, skip_special_tokens=skip_special)
+
+    @property
+    def is_chat(self) -> bool:
+        """True when the markers of a chat format are tokens of their own (LLaDA-Base: False)."""
+        return any(t in self.vocab for t in ("<|im_start|>", "<|start_header_id|>"))
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation, [{"role": ..., "content": ...}, ...], up to where the assistant's
+        next words go. Dream's ChatML where the vocabulary has `<|im_start|>`, else LLaDA's format;
+        each as the published templates have it."""
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) \
+                    or not isinstance(message.get("content"), str):
+                raise InputError(f"a message needs a role and a content, both text: {message!r}")
+        if "<|im_start|>" in self.vocab:
+            if not messages or messages[0]["role"] != "system":
+                default = {"role": "system", "content": "You are a helpful assistant."}
+                messages = [default, *messages]
+            turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+            return self.encode("".join(turns) + "<|im_start|>assistant\n")
+        turns = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
+                 for m in messages]
+        return self.encode("<|startoftext|>" + "".join(turns)
+                           + "<|start_header_id|>assistant<|end_header_id|>\n\n")
