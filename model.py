@@ -16,8 +16,10 @@ token i + 1 (`shift`); they are returned raw here, and whoever uses them moves t
 """
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
@@ -49,6 +52,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 # ------------------------------------------------------------------ errors and atomic files
 class InputError(ValueError):
     """Something the user can put right. Scripts print it as one line and exit with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see --help)")
 
 
 def command(main):
@@ -99,6 +109,25 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_lines(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, object) for every line of a JSONL file that is not blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error})") from error
+            if not isinstance(fields, dict):
+                raise InputError(f"{path}:{number}: not a JSON object")
+            found.append((number, fields))
+    return found
 
 
 # ------------------------------------------------------------------ configuration
@@ -153,7 +182,8 @@ class Config:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise InputError(f"config: {name} is {value!r}, which is not a positive number")
         if self.dim % self.heads or self.head_dim % 2:
-            raise InputError(f"config: width {self.dim} does not split into {self.heads} even heads")
+            raise InputError(f"config: width {self.dim} does not split into {self.heads} heads of "
+                             "even width")
         if self.heads % self.kv_heads:
             raise InputError(f"config: {self.heads} heads do not share {self.kv_heads} kv heads")
         for name in ("mask_id", "eos_id", "pad_id"):
@@ -171,21 +201,25 @@ class Config:
         if not path.is_file():
             raise InputError(f"no config.json in {path.parent}: pass a folder with config.json, "
                              "*.safetensors and the tokenizer's files")
-        raw = read_json(path)
-        family = str(raw.get("model_type", "missing")).lower()
+        try:
+            return cls.from_dict(read_json(path))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> Config:
+        """The same from the fields of a config.json."""
+        family = str(raw.get("model_type")).lower()
         if family not in ("llada", "dream"):
-            raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; "
-                             "the families known here are llada and dream")
-        expected = _LLADA_FIXED if family == "llada" else _DREAM_FIXED
-        for key, value in expected.items():
+            raise InputError(f"model_type is {raw.get('model_type')!r}; the families known here "
+                             "are llada and dream")
+        for key, value in (_LLADA_FIXED if family == "llada" else _DREAM_FIXED).items():
             if raw.get(key, value) != value:
-                raise InputError(f"{path}: {key} = {raw[key]!r} is not supported (only {value!r})")
+                raise InputError(f"{key} = {raw[key]!r} is not supported (only {value!r})")
         try:
             return (cls._llada if family == "llada" else cls._dream)(raw)
         except KeyError as error:
-            raise InputError(f"{path}: {error.args[0]} is missing") from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{error.args[0]} is missing") from error
 
     @classmethod
     def _llada(cls, raw: dict) -> Config:
@@ -301,6 +335,7 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
+        self.checkpointing = False  # recompute each block in the backward pass: less memory
         self._rope = None  # (cos, sin), grown on demand: Dream's 131,072 positions are 134 MB
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -314,7 +349,10 @@ class Backbone(nn.Module):
         rope = self._rope_for(e)
         keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, T)
         for block in self.blocks:
-            e = block(e, rope, keys_allowed)
+            if self.checkpointing and torch.is_grad_enabled():
+                e = checkpoint(block, e, rope, keys_allowed, use_reentrant=False)
+            else:
+                e = block(e, rope, keys_allowed)
         return self.norm(e)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -324,6 +362,15 @@ class Backbone(nn.Module):
     def forward(self, ids: torch.Tensor, pad_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) ids -> (B, T, V) raw logits."""
         return self.logits(self.hidden(self.embed(ids), pad_mask))
+
+    def fingerprint(self) -> str:
+        """A short hash of the config and of 64 weights spread over every parameter, the same for
+        any dtype and device: tells one backbone's memories from another's."""
+        digest = hashlib.sha256(repr(replace(self.config, dtype="")).encode())
+        for p in self.parameters():
+            pick = torch.linspace(0, p.numel() - 1, 64, dtype=torch.float64).long()
+            digest.update(p.detach().view(-1)[pick.to(p.device)].bfloat16().float().cpu().numpy())
+        return digest.hexdigest()[:16]
 
     def _rope_for(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length, dtype = e.shape[1], torch.float32 if self.config.rope_float32 else e.dtype
@@ -404,7 +451,8 @@ def _shards(folder: Path) -> dict[str, Path]:
     else:
         single = folder / "model.safetensors"
         if not single.is_file():
-            raise InputError(f"no model.safetensors and no model.safetensors.index.json in {folder}")
+            raise InputError(f"no weights in {folder}: neither model.safetensors nor "
+                             "model.safetensors.index.json")
         where = dict.fromkeys(_open(single).keys(), single)
     for path in sorted(set(where.values())):
         if not path.is_file():
@@ -615,6 +663,11 @@ class Tokenizer:
         """True when the markers of a chat format are tokens of their own (LLaDA-Base: False)."""
         return any(t in self.vocab for t in ("<|im_start|>", "<|start_header_id|>"))
 
+    @property
+    def end_of_turn(self) -> str:
+        """The marker behind a message in the chat format, "" where there is none."""
+        return next((t for t in ("<|im_end|>", "<|eot_id|>") if t in self.vocab), "")
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of a conversation, [{"role": ..., "content": ...}, ...], up to where the assistant's
         next words go. Dream's ChatML where the vocabulary has `<|im_start|>`, else LLaDA's format;
@@ -629,7 +682,6 @@ class Tokenizer:
                 messages = [default, *messages]
             turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
             return self.encode("".join(turns) + "<|im_start|>assistant\n")
-        turns = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
-                 for m in messages]
-        return self.encode("<|startoftext|>" + "".join(turns)
-                           + "<|start_header_id|>assistant<|end_header_id|>\n\n")
+        header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        turns = [header.format(m["role"]) + m["content"].strip() + "<|eot_id|>" for m in messages]
+        return self.encode("<|startoftext|>" + "".join(turns) + header.format("assistant"))

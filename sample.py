@@ -25,7 +25,9 @@ from typing import Callable, NamedTuple, TextIO
 
 import torch
 
-from model import DTYPES, Backbone, InputError, Tokenizer, command, find, load, read_json
+from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, find,
+                   load, read_json)
+from metastate import MetaState
 
 LLADA_ORDERS = ("low_confidence", "random")
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -51,17 +53,44 @@ class Step(NamedTuple):
     seconds: float         # since the start
 
 
+def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
+            memory: MetaState | None = None, state: torch.Tensor | None = None, span=None,
+            pad_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One denoising step, the same for sampling and training: (logits, next state).
+
+    ids (B, T), masked where nothing is revealed; where (B, n), the positions whose logits are
+    wanted; state (B, M, D) and span (start, length) of the response, with a memory; pad_mask
+    (B, T). -> logits (B, n, V) float32, of the token at each position: Dream's logits for
+    position i are those of hidden state i - 1."""
+    c = backbone.config
+    e = backbone.embed(ids)                                           # (B, T, d)
+    if memory is not None:
+        position = torch.arange(ids.shape[1], device=ids.device)
+        start, length = (torch.as_tensor(v, device=ids.device).view(-1, 1) for v in span)
+        inside = (position >= start) & (position < start + length)    # (B, T)
+        t = ((ids == c.mask_id) & inside).sum(1) / length[:, 0]       # (B,) share still masked
+        e = memory.inject(e, state, t, span)
+    h = backbone.hidden(e, pad_mask)                                  # (B, T, d)
+    where = (where - 1).clamp(min=0) if c.shift else where
+    logits = backbone.logits(h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))).float()
+    if memory is not None:
+        state = memory.update(state, h, t, span, pad_mask)
+    return logits, state
+
+
 @torch.no_grad()
-def generate(backbone: Backbone, prompt: torch.Tensor, *, pad_mask: torch.Tensor | None = None,
-             gen_length: int = 128, block_length: int = 32, steps: int = 128,
-             order: str | None = None, threshold: float | None = None, temperature: float = 0.0,
-             top_p: float | None = None, top_k: int | None = None, alg_temp: float = 0.0,
-             cfg_scale: float = 0.0, stop_at_eos: bool = False,
+def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | None = None,
+             pad_mask: torch.Tensor | None = None, gen_length: int = 128, block_length: int = 32,
+             steps: int = 128, order: str | None = None, threshold: float | None = None,
+             temperature: float = 0.0, top_p: float | None = None, top_k: int | None = None,
+             alg_temp: float = 0.0, cfg_scale: float = 0.0, stop_at_eos: bool = False,
              generator: torch.Generator | None = None,
              on_step: Callable[[Step], None] | None = None) -> Sample:
     """Denoise `gen_length` masked positions behind `prompt`, block by block from left to right.
 
     prompt (B, P) ids; pad_mask (B, P), True where the prompt is padding (on the left).
+    memory: a MetaState, carried from step to step and from block to block; with guidance the
+        conditional and the unconditional pass keep one each.
     gen_length is a multiple of block_length, and steps of the number of blocks.
     order: which masked positions of the block a step commits. LLaDA: "low_confidence" (its
         default) takes the most probable candidates, "random" any; a block's positions are spread
@@ -83,8 +112,8 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, pad_mask: torch.Tensor
     generator: the source of all randomness, on the backbone's device; a seed of 0 if None.
 
     The mask token is never a candidate, and no block takes more steps than it has positions or
-    scheduled steps. A step that the schedule gives nothing to commit is not run: the published
-    samplers run its forward and discard it. Raises `InputError`."""
+    scheduled steps. Without memory a step that the schedule gives nothing to commit is not run:
+    the published samplers run its forward and discard it. Raises `InputError`."""
     c = backbone.config
     if order is None:
         order = "low_confidence" if c.family == "llada" else \
@@ -98,6 +127,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, pad_mask: torch.Tensor
     started, forwards = time.perf_counter(), 0
     ids = torch.cat([prompt, prompt.new_full((B, gen_length), c.mask_id)], 1)     # (B, P + G)
     prompt_part = torch.arange(P + gen_length, device=device) < P     # what guidance masks
+    state = None if memory is None else memory.initial(2 * B if cfg_scale > 0 else B)
     if pad_mask is not None:
         pad_mask = torch.cat([pad_mask, pad_mask.new_zeros(B, gen_length)], 1)    # (B, P + G)
 
@@ -111,13 +141,22 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, pad_mask: torch.Tensor
             n = block_length - sum(schedule[:step]) if counted else int(masked.sum(1).max())
             if n == 0:
                 break
-            if counted and schedule[step] == 0:
+            if counted and schedule[step] == 0 and memory is None:
                 continue
             # The n positions that can still be committed, in order; a row with fewer fills up.
             where = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n]  # (B, n)
             open_ = masked.gather(1, where)                           # (B, n)
-            logits = _logits_at(backbone, ids, pad_mask, start + where, cfg_scale, prompt_part)
+            both, keys, rows = ids, pad_mask, start + where
+            if cfg_scale > 0:  # the conditional and the unconditional pass, in one batch
+                both = torch.cat([ids, ids.masked_fill(prompt_part, c.mask_id)])
+                keys = None if pad_mask is None else pad_mask.repeat(2, 1)
+                rows = rows.repeat(2, 1)
+            logits, state = denoise(backbone, both, rows, memory=memory, state=state,
+                                    span=(P, gen_length), pad_mask=keys)
             forwards += 1
+            if cfg_scale > 0:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)
             candidate, confidence = propose(logits, order, c.mask_id, temperature, top_p, top_k,
                                             generator)                # (B, n) each
             confidence = confidence.masked_fill(~open_, -torch.inf)
@@ -145,22 +184,6 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, pad_mask: torch.Tensor
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Sample(ids, forwards, time.perf_counter() - started)
-
-
-def _logits_at(backbone, ids, pad_mask, where, cfg_scale, prompt_part) -> torch.Tensor:
-    """One forward over the whole sequence and the head at positions `where` (B, n) only:
-    (B, n, V) float32. Dream's logits for position i are those of hidden state i - 1."""
-    if cfg_scale > 0:  # both passes in one batch
-        ids = torch.cat([ids, ids.masked_fill(prompt_part, backbone.config.mask_id)])
-        pad_mask = None if pad_mask is None else pad_mask.repeat(2, 1)
-        where = where.repeat(2, 1)
-    h = backbone.hidden(backbone.embed(ids), pad_mask)                # (B, P + G, d)
-    where = where - 1 if backbone.config.shift else where
-    logits = backbone.logits(h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))).float()
-    if cfg_scale > 0:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)
-    return logits
 
 
 def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float = 0.0,
@@ -265,7 +288,8 @@ def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, t
     if int(prompt.max()) >= c.vocab or int(prompt.min()) < 0:
         raise InputError(f"the prompt has ids outside the vocabulary of {c.vocab}")
     if gen_length < 1 or block_length < 1 or gen_length % block_length:
-        raise InputError(f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+        raise InputError(f"gen_length {gen_length} is not a multiple of block_length "
+                         f"{block_length}")
     blocks = gen_length // block_length
     if steps < 1 or steps % blocks:
         raise InputError(f"{steps} steps do not divide into {blocks} blocks "
@@ -274,7 +298,8 @@ def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, t
         raise InputError(f"a prompt of {prompt.shape[1]} tokens and gen_length {gen_length} leave "
                          f"no room in the model's {c.max_len} positions")
     if order not in LLADA_ORDERS + DREAM_ORDERS:
-        raise InputError(f"unknown order {order!r}: one of {', '.join(LLADA_ORDERS + DREAM_ORDERS)}")
+        known = ", ".join(LLADA_ORDERS + DREAM_ORDERS)
+        raise InputError(f"unknown order {order!r}: one of {known}")
     if threshold is not None and order not in BY_PROBABILITY:
         raise InputError(f"a threshold needs an order by probability ({' or '.join(BY_PROBABILITY)}"
                          f"), not {order!r}")
@@ -300,10 +325,13 @@ class LiveView:
     positions as a light block, what the step committed in bold green, and a status line beneath.
     Anywhere else every step is one plain line."""
 
-    def __init__(self, tokenizer: Tokenizer, config, prompt_length: int, stream: TextIO):
+    def __init__(self, tokenizer: Tokenizer, config: Config, prompt_length: int, stream: TextIO,
+                 delay: float = 0.0):
         self.tokenizer, self.config, self.prompt_length = tokenizer, config, prompt_length
         self.stream, self.terminal = stream, stream.isatty()
-        self.drawn = 0  # lines of the last frame
+        self.delay = delay   # seconds to rest after each frame on a terminal
+        self.rested = 0.0    # seconds so far, which are none of the model's
+        self.drawn = 0       # lines of the last frame
 
     def __call__(self, step: Step) -> None:
         if not self.terminal:
@@ -316,6 +344,8 @@ class LiveView:
         self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         self.stream.flush()
         self.drawn = len(lines)
+        time.sleep(self.delay)
+        self.rested += self.delay
 
     def frame(self, step: Step, columns: int) -> list[str]:
         """The lines of one frame, each at most `columns` wide: the answer, then the status."""
@@ -340,7 +370,7 @@ class LiveView:
         answer = step.ids[:, self.prompt_length:]
         masks = int((answer[0] == self.config.mask_id).sum())
         return (f"{answer.shape[1] - masks}/{answer.shape[1]} positions  "
-                + figures(answer, self.config, step.forwards, step.seconds))
+                + figures(answer, self.config, step.forwards, step.seconds - self.rested))
 
     def runs(self, step: Step) -> list[tuple[str, str]]:
         """(text, style) of neighbouring tokens of one kind: masked, fresh or settled. EOS and what
@@ -366,19 +396,19 @@ def printable(text: str) -> str:
     return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
 
 
-def count_tokens(answer: torch.Tensor, config) -> int:
+def count_tokens(answer: torch.Tensor, config: Config) -> int:
     """Generated tokens of a (B, G) answer: neither EOS nor mask."""
     return int(((answer != config.eos_id) & (answer != config.mask_id)).sum())
 
 
-def figures(answer: torch.Tensor, config, forwards: int, seconds: float) -> str:
+def figures(answer: torch.Tensor, config: Config, forwards: int, seconds: float) -> str:
     """The three figures that go together, always said the same way."""
     tokens = count_tokens(answer, config)
-    return (f"{tokens} tokens  {forwards} forwards  {tokens / max(forwards, 1):.2f} tokens/forward  "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s")
+    return (f"{tokens} tokens  {forwards} forwards  {tokens / max(forwards, 1):.2f} "
+            f"tokens/forward  {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
 
-def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, config) -> str:
+def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, config: Config) -> str:
     """Text of one generated answer (1-d ids) up to its first EOS, special tokens left out."""
     ids = ids.tolist()
     ids = ids[:ids.index(config.eos_id)] if config.eos_id in ids else ids
@@ -386,16 +416,11 @@ def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, config) -> str:
 
 
 # ------------------------------------------------------------------ command line
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, like every other error
-        raise InputError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to answer (by default a held-out sudoku for the tiny model)")
     what.add_argument("--prompt", help="a text; a user's message where the model has a chat format")
-    what.add_argument("--prompts", metavar="FILE", help="one prompt a line, plain text or JSON with "
+    what.add_argument("--prompts", metavar="FILE", help="one prompt a line, text or JSON with "
                       "`prompt` or `messages`; prints one JSON result a line")
     what.add_argument("--task", help="a held-out prompt of this task of tiny.py, and the verdict")
     what.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
@@ -419,10 +444,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="of drawn tokens and of --task")
     show = p.add_argument_group("output")
     show.add_argument("--batch-size", type=int, default=1, help="prompts at a time with --prompts")
+    show.add_argument("--delay", type=float, help="seconds to rest after each frame on a terminal "
+                      "(default: 0.08 for tasks, which the tiny model solves in a blink, else 0)")
     show.add_argument("--quiet", action="store_true", help="the answer only, no live view")
     args = p.parse_args(argv)
     if sum(x is not None for x in (args.prompt, args.prompts, args.task)) > 1:
         raise InputError("--prompt, --prompts and --task exclude each other")
+    if args.delay is not None and not 0 <= args.delay < math.inf:
+        raise InputError(f"--delay is {args.delay}, and has to be 0 or more")
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}, and has to be 1 or more")
     return args
@@ -477,6 +506,8 @@ def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, 
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.ckpt.startswith("random:"):
+        raise InputError(f"{args.ckpt} has no tokenizer: it is for bench.py")
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     if tokenizer is None:
         raise InputError(f"{args.ckpt} has no tokenizer, so a text cannot be read or written")
@@ -516,7 +547,8 @@ def main(argv: list[str] | None = None) -> int:
     ids = torch.tensor([encode(tokenizer, args.prompt, args.raw)], device=device)
     if not args.quiet and task:
         print(args.prompt, flush=True)
-    view = None if args.quiet else LiveView(tokenizer, c, ids.shape[1], sys.stdout)
+    delay = args.delay if args.delay is not None else 0.08 if task else 0.0
+    view = None if args.quiet else LiveView(tokenizer, c, ids.shape[1], sys.stdout, delay)
     sample = generate(backbone, ids, on_step=view, **options)
     answer = sample.ids[:, ids.shape[1]:]
     text = answer_text(answer[0], tokenizer, c)

@@ -10,10 +10,23 @@ class and give it a line in `TASKS`.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
+import json
 import random
+import sys
+from pathlib import Path
 from typing import Protocol
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, trainers
+
+from model import (CHECKPOINTS, Backbone, Config, InputError, Parser, Tokenizer, command, save,
+                   write_atomic)
+from train import fit, processes, trapezoid
 
 
 # ------------------------------------------------------------------ tasks
@@ -72,8 +85,8 @@ class Sudoku:
 
 
 class Chain:
-    """Eight variables, each the one before plus or minus a digit, modulo 10; the assignments come
-    in shuffled order. The answer lists every variable's value in alphabetical order."""
+    """Eight variables, each the one before plus a digit, modulo 10; the assignments come in
+    shuffled order. The answer lists every variable's value in alphabetical order."""
 
     names = "abcdefgh"
 
@@ -82,9 +95,9 @@ class Chain:
         value = {order[0]: rng.randrange(10)}
         lines = [f"{order[0]}={value[order[0]]}"]
         for before, name in zip(order, order[1:]):
-            sign, step = rng.choice("+-"), rng.randrange(1, 10)
-            value[name] = (value[before] + (step if sign == "+" else -step)) % 10
-            lines.append(f"{name}={before}{sign}{step}")
+            step = rng.randrange(1, 10)
+            value[name] = (value[before] + step) % 10
+            lines.append(f"{name}={before}+{step}")
         rng.shuffle(lines)
         return "chain\n" + "\n".join(lines) + "\n", self._answer(value)
 
@@ -135,18 +148,20 @@ class Follow:
 
 
 class Sums:
-    """Twelve digits; the answer is their running total modulo 10."""
+    """Eight digits with letters in front; the answer has their running total modulo 10."""
+
+    names = "abcdefgh"
 
     def make(self, rng):
-        digits = [rng.randrange(10) for _ in range(12)]
-        return "sums\n" + " ".join(map(str, digits)) + "\n", self._totals(digits)
+        digits = [rng.randrange(10) for _ in self.names]
+        return f"sums\n{self._row(digits)}\n", self._row(itertools.accumulate(digits))
 
-    @staticmethod
-    def _totals(digits: list[int]) -> str:
-        return " ".join(str(total % 10) for total in itertools.accumulate(digits))
+    def _row(self, numbers) -> str:
+        return " ".join(f"{name}{number % 10}" for name, number in zip(self.names, numbers))
 
     def check(self, prompt, text):
-        return text.split() == self._totals([int(d) for d in prompt.split()[1:]]).split()
+        digits = [int(pair[1:]) for pair in prompt.split()[1:]]
+        return text.split() == self._row(itertools.accumulate(digits)).split()
 
     def split_key(self, prompt, answer):
         return prompt
@@ -169,3 +184,149 @@ def draw(task: Task, rng: random.Random, held_out: bool) -> tuple[str, str]:
         prompt, answer = task.make(rng)
         if is_held_out(task, prompt, answer) == held_out:
             return prompt, answer
+
+
+# ------------------------------------------------------------------ the tiny model
+GEN_LENGTH = 24  # the longest answer has 23 tokens; what is left over is EOS
+CONFIG = {  # LLaDA's own format, small: 0.9 M parameters
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "block_type": "llama",
+    "d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 384,
+    "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True,
+    "rope_theta": 10000.0, "rope_full_precision": True, "max_sequence_length": 256,
+    "include_bias": False, "include_qkv_bias": False, "weight_tying": False,
+    "torch_dtype": "float32"}
+SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
+
+
+def build_tokenizer() -> Tokenizer:
+    """A byte-level BPE in which the tasks' names are one token each and everything else is one
+    byte: any text can be encoded, and every digit is a token of its own."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"[a-z]{3,}|[\s\S]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator([f"{name} {name}" for name in TASKS], trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=2, show_progress=False,
+        special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return Tokenizer(core)
+
+
+def build_config(tokenizer: Tokenizer) -> dict:
+    """The tiny model's config.json."""
+    _, eos, mask = (tokenizer.vocab[s] for s in SPECIAL)
+    return {**CONFIG, "vocab_size": len(tokenizer.vocab), "mask_token_id": mask,
+            "eos_token_id": eos, "pad_token_id": eos}
+
+
+def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path) -> None:
+    """The whole checkpoint: config.json, generation_config.json, tokenizer.json and weights."""
+    stated = {"bos_token_id": tokenizer.vocab[SPECIAL[0]], "eos_token_id": backbone.config.eos_id,
+              "max_new_tokens": GEN_LENGTH}
+    for name, fields in (("config.json", build_config(tokenizer)),
+                         ("generation_config.json", stated)):
+        text = json.dumps(fields, indent=2) + "\n"
+        write_atomic(folder / name, lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomic(folder / "tokenizer.json", lambda p: tokenizer.core.save(str(p)))
+    save(backbone, folder / "model.safetensors")
+
+
+def batch(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, held_out: bool,
+          eos_id: int, length: int = GEN_LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """`size` examples of one task as ids: prompts (B, P) and answers (B, length), EOS behind. The
+    built-in tasks' prompts have one length each, so no padding is needed."""
+    pairs = [draw(task, rng, held_out) for _ in range(size)]
+    prompts = torch.tensor([tokenizer.encode(p) for p, _ in pairs])
+    answers = [tokenizer.encode(a) for _, a in pairs]
+    return prompts, torch.tensor([a + [eos_id] * (length - len(a)) for a in answers])
+
+
+def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
+               generator: torch.Generator) -> torch.Tensor:
+    """LLaDA's own fine-tuning loss: t uniform, every answer token masked with probability
+    p = (1 - 1e-3) t + 1e-3, cross-entropy over the masked ones weighted 1 / p and divided by the
+    answer's length. EOS counts as answer; prompts (B, P) are never masked; answers (B, G).
+
+    Ours: the t of a batch are one uniform number plus a regular grid, modulo 1, which has the same
+    distribution for each row and less variance for their mean."""
+    B, G = answers.shape
+    t = (torch.arange(B) / B + torch.rand(1, generator=generator)) % 1                   # (B,)
+    p = ((1 - 1e-3) * t + 1e-3)[:, None].expand(B, G)                                    # (B, G)
+    masked = torch.rand(B, G, generator=generator) < p
+    noisy = answers.masked_fill(masked, backbone.config.mask_id)
+    h = backbone.hidden(backbone.embed(torch.cat([prompts, noisy], 1)))[:, prompts.shape[1]:]
+    loss = F.cross_entropy(backbone.logits(h[masked]), answers[masked], reduction="none")
+    return (loss / p[masked]).sum() / (B * G)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train the tiny model from nothing and write it to `args.out`."""
+    out, device = Path(args.out), torch.device(args.device)
+    tokenizer = build_tokenizer()
+    config = Config.from_dict(build_config(tokenizer))
+    backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed)).to(device)
+    names = list(TASKS)
+
+    def loss_fn(step: int, micro: int):  # one task per micro-batch: no padding
+        task, generator = TASKS[names[micro]], torch.Generator()
+        rng = random.Random(f"{args.seed} {step} {micro}")
+        generator.manual_seed(rng.getrandbits(60))
+        # a quarter of the steps has a longer tail of EOS, so that other lengths work too
+        length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
+        data = batch(task, tokenizer, rng, args.batch_size, False, config.eos_id, length)
+        loss = llada_loss(backbone, *(x.to(device) for x in data), generator)
+        return loss, {names[micro]: loss.item()}
+
+    @torch.no_grad()
+    def evaluate(step: int) -> dict[str, float]:
+        figures = {}
+        for name, task in TASKS.items():
+            data = batch(task, tokenizer, random.Random(0), 256, True, config.eos_id)
+            generator = torch.Generator().manual_seed(0)
+            loss = llada_loss(backbone, *(x.to(device) for x in data), generator)
+            figures[f"held_out_{name}"] = loss.item()
+        return figures
+
+    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
+        lr=args.lr, schedule=trapezoid, warmup=200, clip=0.25, micros=len(names), evaluate=evaluate,
+        settings={"batch_size": args.batch_size, "lr": args.lr, "seed": args.seed})
+    if processes()[0] == 0:
+        write_folder(backbone, tokenizer, out)
+        print(f"wrote {out}, {config.parameters:,} parameters")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print held-out prompts with a right answer each."""
+    if args.task not in TASKS:
+        raise InputError(f"unknown task {args.task!r}: one of {', '.join(TASKS)}")
+    rng = random.Random(args.seed)
+    for _ in range(args.number):
+        prompt, answer = draw(TASKS[args.task], rng, held_out=True)
+        print(prompt + answer + "\n")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="pretrain | show")
+    p = commands.add_parser("pretrain", help="train the tiny model")
+    p.set_defaults(run=pretrain)
+    p.add_argument("--out", default=str(CHECKPOINTS["tiny"]), help="folder of the checkpoint")
+    p.add_argument("--steps", type=int, default=6000, help="updates")
+    p.add_argument("--batch-size", type=int, default=32, help="examples of each task per update")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p = commands.add_parser("show", help="print held-out examples")
+    p.set_defaults(run=show)
+    p.add_argument("--task", default="sudoku", help=", ".join(TASKS))
+    p.add_argument("--number", type=int, default=3)
+    p.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""MetaState: a small recurrent memory that a frozen masked diffusion model carries between steps.
+
+Between denoising steps a masked diffusion model keeps only the hard tokens; what it computed is
+thrown away (the "Information Island", arXiv 2603.01331). MetaState keeps M slots s of width D:
+
+    e_t     = embed(x_t)
+    e_t'    = e_t + Injector(e_t, s_t, t)              what enters the frozen backbone
+    h_t     = backbone(e_t')                           gives the logits, hence x_{t-1}
+    c_t     = Mixer(s_t, h_t, t)                       the slots read the activations
+    s_{t-1} = Updater(s_t, c_t, t)                     a GRU integrates what they read
+
+Each decision below is marked `# paper` where the authors published it and `# our choice` where
+nothing published says how.
+"""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import InputError, write_atomic
+
+
+class TimeConditioner(nn.Module):
+    """t -> t_cond, one for Mixer, Updater and Injector  # paper
+
+    t_cond = W2 silu(W1 [cos(2 pi f_i t), sin(2 pi f_i t)]), f_i from 1/4 to 64 in a geometric
+    series; t is the share of the response that is still masked  # our choice"""
+
+    def __init__(self, width: int, features: int = 32):
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-2, 6, features, base=2.0),
+                             persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) in [0, 1] -> (B, C)."""
+        angles = t.float()[:, None] * self.frequencies                # (B, features)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+
+
+class AdaptiveNorm(nn.Module):
+    """x / rms(x) * (1 + scale(t_cond)) + shift(t_cond), both zero at first  # our choice"""
+
+    def __init__(self, dim: int, cond: int):
+        super().__init__()
+        self.modulation = nn.Linear(cond, 2 * dim)
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """x (B, N, dim), cond (B, C) -> (B, N, dim)."""
+        x = x.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        scale, shift = self.modulation(cond)[:, None].chunk(2, -1)    # (B, 1, dim) each
+        return (x * (1 + scale) + shift).to(scale.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Queries from x, keys and values from y, with a local bias:
+
+        softmax(q k^T / sqrt(hd) - slope_head * distance) v,   then one output projection
+
+    distance is between a token and a slot's centre, in slot spacings; the slopes are learned, half
+    of the heads begin local and half at 0. Without the bias the memory stays unused for a long
+    time: slots that all see everything have no reason to differ.  # our choice"""
+
+    def __init__(self, dim_x: int, dim_y: int, dim_out: int, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim_x, width, bias=False)
+        self.kv = nn.Linear(dim_y, 2 * width, bias=False)
+        self.out = nn.Linear(width, dim_out, bias=False)
+        slopes = [4.0, 1.0] * (heads // 4) + [0.0] * (heads - 2 * (heads // 4))
+        self.slopes = nn.Parameter(torch.tensor(slopes))
+
+    def forward(self, x, y, distance, hidden=None):
+        """x (B, N, dim_x), y (B, S, dim_y), distance (B, N, S) -> (B, N, dim_out); hidden (B, S),
+        True for keys that no query may see."""
+        (B, N, _), S = x.shape, y.shape[1]
+        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)      # (B, nh, N, hd)
+        k, v = self.kv(y).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        bias = -self.slopes[:, None, None] * distance[:, None]        # (B, nh, N, S)
+        if hidden is not None:
+            bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.out(a.transpose(1, 2).reshape(B, N, -1))
+
+
+class Mixer(nn.Module):
+    """The slots read the backbone's activations  # paper: cross-attention, queries from s_t
+
+        c_t = Attention(norm(s_t + id; t), norm(h_t; t))
+
+    h_t is the hidden state after the last norm, all positions, pads hidden; id are the slots'
+    learned identities  # our choice"""
+
+    def __init__(self, dim: int, width: int, heads: int, cond: int):
+        super().__init__()
+        self.norm_s, self.norm_h = AdaptiveNorm(width, cond), AdaptiveNorm(dim, cond)
+        self.attention = CrossAttention(width, dim, width, width, heads)
+
+    def forward(self, s, h, cond, distance, hidden=None):
+        """s (B, M, D), h (B, T, d), distance (B, M, T) -> (B, M, D)."""
+        return self.attention(self.norm_s(s, cond), self.norm_h(h, cond), distance, hidden)
+
+
+class Updater(nn.Module):
+    """GRU-style integration of the reading into the state  # paper
+
+        r, z = sigmoid(W [norm(c; t), norm(s; t)])
+        n    = tanh(W_c norm(c; t) + r * W_s norm(s; t))
+        s'   = (1 - z) * n + z * s                                   # our choice: a plain GRU cell
+
+    computed in float32, so that a state that changes little is not lost to rounding."""
+
+    def __init__(self, width: int, cond: int):
+        super().__init__()
+        self.norm_c, self.norm_s = AdaptiveNorm(width, cond), AdaptiveNorm(width, cond)
+        self.from_c, self.from_s = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+
+    def forward(self, s, c, cond):
+        """s (B, M, D) float32, c (B, M, D) -> (B, M, D) float32."""
+        rc, zc, nc = self.from_c(self.norm_c(c, cond)).float().chunk(3, -1)
+        rs, zs, ns = self.from_s(self.norm_s(s, cond)).float().chunk(3, -1)
+        z = torch.sigmoid(zc + zs)
+        return (1 - z) * torch.tanh(nc + torch.sigmoid(rc + rs) * ns) + z * s
+
+
+class Injector(nn.Module):
+    """The memory writes to the backbone's input  # paper: cross-attention, queries from E_t
+
+        e' = e + W_out Attention(norm(e; t), norm(s + id; t)),  W_out = 0 at first  # our choice
+
+    so that an untrained memory leaves the frozen model exactly as it is."""
+
+    def __init__(self, dim: int, width: int, heads: int, cond: int):
+        super().__init__()
+        self.norm_e, self.norm_s = AdaptiveNorm(dim, cond), AdaptiveNorm(width, cond)
+        self.attention = CrossAttention(dim, width, dim, width, heads)
+
+    def forward(self, e, s, cond, distance):
+        """e (B, T, d), s (B, M, D), distance (B, T, M) -> (B, T, d)."""
+        return e + self.attention(self.norm_e(e, cond), self.norm_s(s, cond), distance).to(e.dtype)
+
+
+class MetaState(nn.Module):
+    """The memory: M slots of width D, independent of the sequence's length, and what reads, keeps
+    and writes them. Weights and state are float32 whatever the backbone's dtype.
+
+    `span` in the methods is (start, length) of the response, ints or (B,) tensors: the slots'
+    centres are spread evenly over it.  # our choice"""
+
+    def __init__(self, dim: int, slots: int, width: int, heads: int = 8, cond: int | None = None,
+                 time: bool = True, local: bool = True, fingerprint: str = "",
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        cond = cond or 3 * width // 4  # brings LLaDA-8B to the published 48 M  # our choice
+        self.sizes = {"dim": dim, "slots": slots, "width": width, "heads": heads, "cond": cond,
+                      "time": time, "local": local}
+        self.fingerprint = fingerprint  # of the backbone it is trained for
+        self.time = TimeConditioner(cond)
+        self.mixer = Mixer(dim, width, heads, cond)
+        self.updater = Updater(width, cond)
+        self.injector = Injector(dim, width, heads, cond)
+        # learned, the same for every prompt; the identities make the slots differ  # our choice
+        self.start = nn.Parameter(torch.zeros(slots, width))
+        self.identity = nn.Parameter(torch.zeros(slots, width))
+        self._initialise(generator or torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """Normal with deviation fan_in ** -0.5, the identities 1; zero for biases, modulations and
+        the Injector's output, so that the untrained memory changes nothing.  # our choice"""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0.0, module.in_features ** -0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for module in self.modules():
+            if isinstance(module, AdaptiveNorm):
+                module.modulation.weight.zero_()
+        self.injector.attention.out.weight.zero_()
+        self.identity.normal_(0.0, 1.0, generator=generator)
+
+    @classmethod
+    def for_backbone(cls, backbone, slots: int | None = None, width: int | None = None,
+                     **options) -> MetaState:
+        """Sized for a backbone: 64 slots of width 1024 for 8B and 7B (0.5 to 0.7% of their
+        parameters); for small backbones 24 slots of half its width, at least 32."""
+        c = backbone.config
+        large = c.dim >= 2048
+        return cls(c.dim, slots or (64 if large else 24),
+                   width or (1024 if large else max(32, c.dim // 2)),
+                   heads=8 if large else 4, fingerprint=backbone.fingerprint(), **options)
+
+    def initial(self, batch: int) -> torch.Tensor:
+        """The state before the first step: (B, M, D) float32."""
+        return self.start.float().expand(batch, -1, -1)
+
+    def inject(self, e: torch.Tensor, s: torch.Tensor, t: torch.Tensor, span) -> torch.Tensor:
+        """e (B, T, d) embeddings, s (B, M, D), t (B,) share of the response still masked
+        -> (B, T, d), what enters the backbone."""
+        return self.injector(e, s + self.identity, self._cond(t), self._distance(e, span))
+
+    def update(self, s: torch.Tensor, h: torch.Tensor, t: torch.Tensor, span,
+               pad_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """s (B, M, D), h (B, T, d) after the last norm, pad_mask (B, T) True where padded
+        -> the next s (B, M, D) float32."""
+        cond, distance = self._cond(t), self._distance(h, span).transpose(1, 2)
+        reading = self.mixer(s + self.identity, h, cond, distance, pad_mask)
+        return self.updater(s, reading, cond)
+
+    def _cond(self, t):
+        return self.time(t if self.sizes["time"] else torch.zeros_like(t))
+
+    def _distance(self, x, span) -> torch.Tensor:
+        """(B, T, M): from each position to each slot's centre, in slot spacings."""
+        M = self.sizes["slots"]
+        rows = torch.zeros(x.shape[0], 1, 1, device=x.device)
+        if not self.sizes["local"]:
+            return rows.expand(-1, x.shape[1], M)
+        start, length = (rows + torch.as_tensor(v, device=x.device).view(-1, 1, 1) for v in span)
+        spacing = length / M                                          # (B, 1, 1)
+        centre = start + (torch.arange(M, device=x.device) + 0.5) * spacing - 0.5   # (B, 1, M)
+        position = torch.arange(x.shape[1], device=x.device)[None, :, None]        # (1, T, 1)
+        return (position - centre).abs() / spacing
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, sizes and the backbone's fingerprint as one safetensors file."""
+        tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        metadata = {"sizes": json.dumps(self.sizes), "backbone": self.fingerprint}
+        write_atomic(path, lambda p: save_file(tensors, p, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, backbone) -> MetaState:
+        """A frozen memory in eval mode on the backbone's device. Raises `InputError` when the file
+        is missing or broken, or belongs to another backbone."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+            memory = cls(**json.loads(metadata["sizes"]), fingerprint=metadata["backbone"])
+            memory.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path} is not a MetaState memory ({error})") from error
+        if memory.fingerprint != backbone.fingerprint():
+            raise InputError(f"{path} was trained for another backbone")
+        return memory.to(backbone.embedding.weight.device).eval().requires_grad_(False)
