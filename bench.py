@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from model import DTYPES, Backbone, InputError, Parser, Tokenizer, command, load
+from model import DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, seed
 from sample import answer_text, generate, left_pad
 from tiny import GEN_LENGTH, TASKS, Task, draw
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--tasks", type=_names, default=list(TASKS), help="comma-separated")
     p.add_argument("--budgets", type=_budgets, default=[1, 2, 4, 8], help="tokens per step")
     p.add_argument("--prompts", type=int, default=500, help="held-out prompts a task")
-    p.add_argument("--seed", type=int, default=0, help="picks the prompts")
+    p.add_argument("--seed", type=seed, default=0, help="picks the prompts")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.add_argument("--device", help="default: cuda where there is one")
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else as stored")

@@ -17,6 +17,7 @@ token i + 1 (`shift`); they are returned raw here, and whoever uses them moves t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import hashlib
@@ -61,6 +62,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def seed(text: str) -> int:
+    """A seed on the command line: a whole number that every generator takes."""
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
 def command(main):
     """Wrap a script's `main(argv=None)`: an `InputError` or a full disk becomes one line on stderr
     and exit code 2 instead of a traceback; Ctrl-C becomes exit code 130."""
@@ -71,13 +79,16 @@ def command(main):
             return main(argv) or 0
         except InputError as error:
             message = str(error)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `| head` went away: nothing more to say, also not at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 141
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             message = f"the disk is full ({error.filename or error.strerror}); free some space"
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            return 130
         print("error: " + " ".join(message.split()), file=sys.stderr)
         return 2
 
@@ -96,38 +107,38 @@ def write_atomic(path: str | Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"cannot write {path}: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def parse_json(text: str, where: str | Path) -> dict:
+    """The JSON object in a text, or an `InputError` that says where."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object")
+    return value
 
 
 def read_json(path: str | Path) -> dict:
     """The JSON object in a file, or an `InputError` that names the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
+    return parse_json(read_text(path), path)
 
 
-def read_lines(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, object) for every line of a JSONL file that is not blank."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(fields, dict):
-                raise InputError(f"{path}:{number}: not a JSON object")
-            found.append((number, fields))
-    return found
+def read_lines(path: str | Path) -> list[tuple[str, str]]:
+    """("path:number", text) for every line of a file that is not blank."""
+    lines = read_text(path).split("\n")  # not splitlines: JSON may hold U+2028 and its like
+    return [(f"{path}:{n}", line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 # ------------------------------------------------------------------ configuration
@@ -175,7 +186,7 @@ class Config:
         ints = ("dim", "layers", "heads", "kv_heads", "mlp_dim", "vocab", "max_len")
         for name in (*ints, "mask_id", "eos_id", "pad_id"):
             value = getattr(self, name)
-            if type(value) is not int or value < (1 if name in ints else 0):
+            if type(value) is not int or not (name in ints) <= value < 2 ** 31:
                 raise InputError(f"config: {name} is {value!r}, which is not a usable whole number")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
@@ -186,6 +197,8 @@ class Config:
                              "even width")
         if self.heads % self.kv_heads:
             raise InputError(f"config: {self.heads} heads do not share {self.kv_heads} kv heads")
+        if self.mask_id == self.eos_id:
+            raise InputError(f"config: mask_id and eos_id are both {self.mask_id}")
         for name in ("mask_id", "eos_id", "pad_id"):
             if getattr(self, name) >= self.vocab:
                 raise InputError(f"config: {name} {getattr(self, name)} is outside the vocabulary "
@@ -220,6 +233,8 @@ class Config:
             return (cls._llada if family == "llada" else cls._dream)(raw)
         except KeyError as error:
             raise InputError(f"{error.args[0]} is missing") from error
+        except TypeError as error:  # null or text where a number is due
+            raise InputError(f"a size has the wrong type ({error})") from error
 
     @classmethod
     def _llada(cls, raw: dict) -> Config:
@@ -331,7 +346,9 @@ class Backbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.dim)
+        # with a weight given, or nn.Embedding's own init imports torch._dynamo: a slow start
+        self.embedding = nn.Embedding(config.vocab, config.dim,
+                                      _weight=torch.empty(config.vocab, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
@@ -424,15 +441,23 @@ _DREAM_NAMES = {
            "down.weight": "mlp.down_proj.weight"}.items()}}
 
 
-def _published(config: Config, ours: str) -> tuple[list[str], list[int]]:
-    """The published names that one of our parameters is stacked from, and their row counts."""
-    table = _LLADA_NAMES if config.family == "llada" else _DREAM_NAMES
-    number = re.search(r"\.(\d+)\.", ours)
-    key = re.sub(r"\.\d+\.", ".#.", ours)
-    names = [n.replace("#", number[1]) if number else n for n in table[key]]
-    kv = config.kv_heads * config.head_dim
-    rows = {"qkv": [config.dim, kv, kv], "gate_up": [config.mlp_dim] * 2}
-    return names, rows.get(key.split(".")[-2], [])
+def layout(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Our parameter -> the published tensors that are stacked to make it, with their shapes."""
+    d, kv = config.dim, config.kv_heads * config.head_dim
+    rows = {"embedding": [config.vocab], "head": [config.vocab], "qkv": [d, kv, kv],
+            "gate_up": [config.mlp_dim] * 2, "out": [d], "down": [d]}
+    columns = {"down": config.mlp_dim}
+    found = {}
+    for ours, theirs in (_LLADA_NAMES if config.family == "llada" else _DREAM_NAMES).items():
+        _, module, kind = ("." + ours).rsplit(".", 2)
+        if (kind == "bias" and not config.qkv_bias) or (module == "head" and config.tied):
+            continue
+        shapes = [(n, columns.get(module, d)) for n in rows[module]] if module in rows else [(d,)]
+        shapes = [s[:1] for s in shapes] if kind == "bias" else shapes
+        for i in range(config.layers if "#" in ours else 1):
+            found[ours.replace("#", str(i))] = {
+                name.replace("#", str(i)): shape for name, shape in zip(theirs, shapes)}
+    return found
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -478,52 +503,58 @@ def _list(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_weights(backbone: Backbone, folder: Path, device, dtype: torch.dtype | None) -> None:
-    """Fill a backbone built on the meta device from published safetensors, in place.
+def load_weights(config: Config, folder: Path, device, dtype: torch.dtype | None) -> Backbone:
+    """A backbone filled from the published safetensors of a folder.
 
     Every tensor of the checkpoint is used and every parameter filled, or it is an `InputError`
     that names them. Files are memory-mapped: a parameter that is one stored tensor stays a view of
     the mapping (CPU, dtype as stored), a fused one is copied part by part and its pages are let go
     at once, because each part is read through a mapping of its own. Peak memory is the weights
     plus one fused parameter."""
-    config, where = backbone.config, _shards(folder)
-    wanted = {ours: _published(config, ours) for ours in backbone.state_dict()}
-    names = {name for theirs, _ in wanted.values() for name in theirs}
-    if missing := names - where.keys():
+    where = _shards(folder)
+    if config.layers > len(where):
+        raise InputError(f"{folder} lacks tensors for {config.layers} layers: it has {len(where)}")
+    wanted = layout(config)
+    shapes = {name: shape for parts in wanted.values() for name, shape in parts.items()}
+    if missing := shapes.keys() - where.keys():
         raise InputError(f"{folder} lacks {_list(missing)}: does config.json belong to it?")
-    if unexpected := where.keys() - names:
+    if unexpected := where.keys() - shapes.keys():
         raise InputError(f"{folder} has unexpected tensors: {_list(unexpected)}")
-    state, stored = {}, None
-    for ours, parameter in backbone.state_dict().items():
-        theirs, rows = wanted[ours]
-        out = None
-        for i, name in enumerate(theirs):
+    for path in sorted(set(where.values())):
+        file = _open(path)
+        for name in (n for n in shapes if where[n] == path):
+            part = file.get_slice(name)
+            if tuple(part.get_shape()) != shapes[name]:
+                raise InputError(f"{path}: {name} has shape {tuple(part.get_shape())}, and "
+                                 f"config.json asks for {shapes[name]}")
+            if part.get_dtype() not in ("BF16", "F16", "F32"):
+                raise InputError(f"{path}: {name} is {part.get_dtype()}, not BF16, F16 or F32")
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    state = {}
+    for ours, parts in wanted.items():
+        for name, shape in parts.items():
             tensor = _open(where[name]).get_tensor(name)
-            shape = (rows[i], *parameter.shape[1:]) if rows else tuple(parameter.shape)
-            if tuple(tensor.shape) != shape:
-                raise InputError(f"{where[name]}: {name} has shape {tuple(tensor.shape)}, "
-                                 f"and config.json asks for {shape}")
-            if tensor.dtype not in DTYPES.values():
-                raise InputError(f"{where[name]}: {name} is {tensor.dtype}, which is not one of "
-                                 + ", ".join(DTYPES))
-            stored = stored or dtype or tensor.dtype
-            if not rows:
-                out = tensor.to(device, stored)
-                break
-            if out is None:
-                out = torch.empty(parameter.shape, dtype=stored, device=device)
-            out[sum(rows[:i]):sum(rows[:i + 1])].copy_(tensor)
-        state[ours] = out
+            dtype = dtype or tensor.dtype  # as stored: as the first tensor is
+            if len(parts) == 1:
+                state[ours] = tensor.to(device, dtype)
+                continue
+            if ours not in state:
+                total = sum(s[0] for s in parts.values())
+                state[ours], filled = torch.empty(total, *shape[1:], dtype=dtype,
+                                                  device=device), 0
+            state[ours][filled:filled + shape[0]].copy_(tensor)
+            filled += shape[0]
     backbone.load_state_dict(state, assign=True)
+    return backbone
 
 
 def save(backbone: Backbone, path: str | Path) -> None:
     """Write the weights under their published names, so that the published code reads them too."""
-    tensors = {}
-    for ours, parameter in backbone.state_dict().items():
-        names, rows = _published(backbone.config, ours)
-        parts = parameter.split(rows) if rows else [parameter]
-        tensors.update((n, p.contiguous().cpu()) for n, p in zip(names, parts))
+    tensors, state = {}, backbone.state_dict()
+    for ours, parts in layout(backbone.config).items():
+        pieces = state[ours].split([shape[0] for shape in parts.values()])
+        tensors.update((name, p.contiguous().cpu()) for name, p in zip(parts, pieces))
     write_atomic(path, lambda p: save_file(tensors, p, {"format": "pt"}))
 
 
@@ -531,8 +562,9 @@ def find(ckpt: str | Path) -> Path:
     """The local folder of a checkpoint: a nickname, a folder, or a hub id, which is downloaded
     (weights, config and tokenizer only) when the hub's cache does not hold it whole."""
     target = CHECKPOINTS.get(str(ckpt), ckpt)
-    if Path(target).expanduser().is_dir():
-        return Path(target).expanduser()
+    folder = os.path.expanduser(target)
+    if os.path.isdir(folder):
+        return Path(folder)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(target)):
         raise InputError(f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, "
                          "random:NAME, a folder with config.json and *.safetensors, or a hub id "
@@ -564,23 +596,25 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
     the true shapes with random weights made on the device and no tokenizer, for benchmarks.
     device: CUDA where there is one, else the CPU. dtype: a torch dtype or its name; by default
     bfloat16 on CUDA and as stored on the CPU. Raises `InputError`."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}: pass one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {str(device)!r} is not to be had ({reason})") from error
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise InputError(f"unknown dtype {str(dtype)!r}: pass one of {', '.join(DTYPES)}")
     if dtype is None and device.type == "cuda":
         dtype = torch.bfloat16
     if str(ckpt).startswith("random:"):
         return _random(str(ckpt)[len("random:"):], device, dtype), None
     folder = find(ckpt)
     config = Config.from_json(folder)
-    with torch.device("meta"):
-        backbone = Backbone(config)
-    load_weights(backbone, folder, device, dtype)
+    backbone = load_weights(config, folder, device, dtype)
     has_tokenizer = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json"))
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
-    if tokenizer and (largest := max(tokenizer.vocab.values())) >= config.vocab:
+    if tokenizer and (largest := max(tokenizer.vocab.values(), default=0)) >= config.vocab:
         raise InputError(f"{folder}: the tokenizer has id {largest}, "
                          f"the model only {config.vocab} rows")
     return backbone.eval().requires_grad_(False), tokenizer
@@ -651,7 +685,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it is: nothing is put in front; special tokens written out count."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        try:
+            return self.core.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # half of a surrogate pair, as from bytes that are not UTF-8
+            raise InputError(f"the text is not valid Unicode: {text[:40]!r}") from error
 
     def decode(self, ids, skip_special: bool = False) -> str:
         """Text of a list (or 1-d tensor) of ids, special tokens included unless skipped."""

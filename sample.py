@@ -26,7 +26,7 @@ from typing import Callable, NamedTuple, TextIO
 import torch
 
 from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, find,
-                   load, read_json)
+                   load, parse_json, read_json, read_lines, seed)
 from metastate import MetaState
 
 LLADA_ORDERS = ("low_confidence", "random")
@@ -121,7 +121,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     if top_k is None and c.family == "dream":
         top_k = 50
     prompt, pad_mask = _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order,
-                              threshold, temperature, top_p, top_k, alg_temp)
+                              threshold, temperature, top_p, top_k, alg_temp, cfg_scale)
     (B, P), device = prompt.shape, prompt.device
     generator = generator or torch.Generator(device).manual_seed(0)
     started, forwards = time.perf_counter(), 0
@@ -274,7 +274,7 @@ def _settled(answer: torch.Tensor, mask_id: int, eos_id: int) -> bool:
 
 
 def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, threshold,
-           temperature, top_p, top_k, alg_temp):
+           temperature, top_p, top_k, alg_temp, cfg_scale):
     """Refuse what cannot be generated, and drop a pad_mask that pads nothing."""
     c = backbone.config
     if prompt.dim() != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
@@ -303,11 +303,14 @@ def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, t
     if threshold is not None and order not in BY_PROBABILITY:
         raise InputError(f"a threshold needs an order by probability ({' or '.join(BY_PROBABILITY)}"
                          f"), not {order!r}")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"threshold is {threshold}, and has to be 0 or more")
     if threshold is not None and alg_temp > 0:
         raise InputError("threshold and alg_temp exclude each other")
-    for name, value in (("temperature", temperature), ("alg_temp", alg_temp)):
-        if not 0 <= value < math.inf:
-            raise InputError(f"{name} is {value}, and has to be 0 or more")
+    for name, value, least in (("temperature", temperature, 1e-6), ("alg_temp", alg_temp, 1e-6),
+                               ("cfg_scale", cfg_scale, 0.0)):
+        if value != 0 and not least <= value < math.inf:
+            raise InputError(f"{name} is {value}, and has to be 0 or from {least} up")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, and has to lie in (0, 1]")
     if top_k is not None and top_k < 0:
@@ -428,10 +431,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--ckpt", default="tiny", help="nickname, folder or hub id (default: tiny)")
     model.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     model.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else as stored")
+    model.add_argument("--memory", metavar="FILE", help="a MetaState memory trained for it")
+    model.add_argument("--compare", action="store_true", help="without the memory, then with it")
     how = p.add_argument_group("how to decode")
     how.add_argument("--gen-length", type=int, help="positions to write (default: the checkpoint's "
                      "max_new_tokens, else 128)")
-    how.add_argument("--block-length", type=int, help="default: 32, or gen-length if shorter")
+    how.add_argument("--block-length", type=int, help="default: 32, or all if 32 divides not")
     how.add_argument("--steps", type=int, help="denoising steps (default: one token per step)")
     how.add_argument("--order", choices=LLADA_ORDERS + DREAM_ORDERS, help="default: the family's")
     how.add_argument("--threshold", type=float, help="commit all that is at least so probable")
@@ -441,7 +446,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--alg-temp", type=float, default=0.0, help="draw positions too (Dream)")
     how.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
     how.add_argument("--no-early-stop", action="store_true", help="decode what follows EOS too")
-    how.add_argument("--seed", type=int, default=0, help="of drawn tokens and of --task")
+    how.add_argument("--seed", type=seed, default=0, help="of drawn tokens and of --task")
     show = p.add_argument_group("output")
     show.add_argument("--batch-size", type=int, default=1, help="prompts at a time with --prompts")
     show.add_argument("--delay", type=float, help="seconds to rest after each frame on a terminal "
@@ -450,6 +455,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if sum(x is not None for x in (args.prompt, args.prompts, args.task)) > 1:
         raise InputError("--prompt, --prompts and --task exclude each other")
+    if args.ckpt != "tiny" and args.prompt is args.prompts is args.task is None:
+        raise InputError(f"what should {args.ckpt} answer? Pass --prompt, --prompts or --task")
+    if args.compare and not args.memory:
+        raise InputError("--compare needs a --memory to compare with")
     if args.delay is not None and not 0 <= args.delay < math.inf:
         raise InputError(f"--delay is {args.delay}, and has to be 0 or more")
     if args.batch_size < 1:
@@ -469,27 +478,26 @@ def encode(tokenizer: Tokenizer, prompt: str | list[dict], raw: bool) -> list[in
     return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
-def read_prompts(path: str) -> list[str | list[dict]]:
-    """The prompts of a file, one a line: text, or JSON with `prompt` or `messages`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+def read_prompts(path: str, tokenizer: Tokenizer, raw: bool,
+                 room: int) -> list[tuple[str | list[dict], list[int]]]:
+    """(prompt, ids) of a file, one a line: a text, or JSON with `prompt` or `messages`. An
+    `InputError` names the line, also of a prompt longer than `room` tokens."""
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, line in read_lines(path):
+        prompt: str | list[dict] | None = line
         if line.lstrip().startswith("{"):
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error})") from error
-            prompt = fields.get("messages", fields.get("prompt"))
-            if not isinstance(prompt, (str, list)) or not prompt:
-                raise InputError(f"{path}:{number}: neither a prompt nor messages")
-            prompts.append(prompt)
-        else:
-            prompts.append(line)
+            fields = parse_json(line, where)
+            prompt = fields.get("messages") or fields.get("prompt")
+            if not isinstance(prompt, list if fields.get("messages") else str):
+                raise InputError(f"{where}: neither a prompt nor a list of messages")
+        try:
+            ids = encode(tokenizer, prompt, raw)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if len(ids) > room:
+            raise InputError(f"{where}: {len(ids)} tokens, and only {room} leave room for the "
+                             "answer")
+        prompts.append((prompt, ids))
     if not prompts:
         raise InputError(f"{path} holds no prompt")
     return prompts
@@ -512,30 +520,23 @@ def main(argv: list[str] | None = None) -> int:
     if tokenizer is None:
         raise InputError(f"{args.ckpt} has no tokenizer, so a text cannot be read or written")
     c, device = backbone.config, backbone.embedding.weight.device
-    length = args.gen_length
-    if length is None:
-        length = _stated_length(args.ckpt)
+    length = _stated_length(args.ckpt) if args.gen_length is None else args.gen_length
+    block_length = args.block_length
+    if block_length is None:
+        block_length = length if length % 32 else 32
+    memory = MetaState.load(args.memory, backbone) if args.memory else None
     options = dict(
-        gen_length=length, block_length=args.block_length or min(32, length),
-        steps=args.steps or length, order=args.order, threshold=args.threshold,
+        memory=memory, gen_length=length, block_length=block_length,
+        steps=length if args.steps is None else args.steps, order=args.order,
+        threshold=args.threshold,
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, alg_temp=args.alg_temp,
         cfg_scale=args.cfg_scale, stop_at_eos=not args.no_early_stop,
-        generator=torch.Generator(device).manual_seed(args.seed))
+        generator=torch.Generator(device))
 
-    if args.prompts:
-        prompts = read_prompts(args.prompts)
-        for i in range(0, len(prompts), args.batch_size):
-            batch = prompts[i:i + args.batch_size]
-            ids, pad = left_pad([encode(tokenizer, p, args.raw) for p in batch], c.pad_id, device)
-            sample = generate(backbone, ids, pad_mask=pad, **options)
-            for prompt, answer in zip(batch, sample.ids[:, ids.shape[1]:]):
-                print(json.dumps({
-                    "prompt": prompt, "text": answer_text(answer, tokenizer, c),
-                    "tokens": count_tokens(answer, c), "forwards": sample.forwards,
-                    "seconds": round(sample.seconds, 4), "batch": len(batch)},
-                    ensure_ascii=False), flush=True)
+    if args.prompts is not None:
+        options["generator"].manual_seed(args.seed)
+        answer_file(args, backbone, tokenizer, options)
         return 0
-
     task = None
     if args.prompt is None:
         from tiny import TASKS, draw  # the tasks that the tiny model was trained on
@@ -548,17 +549,37 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet and task:
         print(args.prompt, flush=True)
     delay = args.delay if args.delay is not None else 0.08 if task else 0.0
-    view = None if args.quiet else LiveView(tokenizer, c, ids.shape[1], sys.stdout, delay)
-    sample = generate(backbone, ids, on_step=view, **options)
-    answer = sample.ids[:, ids.shape[1]:]
-    text = answer_text(answer[0], tokenizer, c)
-    if view is None or not view.terminal:
-        print(text)
-    if view is not None and not view.terminal:
-        print(figures(answer, c, sample.forwards, sample.seconds))
-    if task and not args.quiet:
-        print("right" if task.check(args.prompt, text) else "wrong")
+    for chosen in [None, memory] if args.compare else [memory]:
+        if args.compare:
+            print(f"{'with' if chosen else 'without'} memory:", flush=True)
+        options["generator"].manual_seed(args.seed)
+        view = None if args.quiet else LiveView(tokenizer, c, ids.shape[1], sys.stdout, delay)
+        sample = generate(backbone, ids, on_step=view, **{**options, "memory": chosen})
+        answer = sample.ids[:, ids.shape[1]:]
+        text = answer_text(answer[0], tokenizer, c)
+        if view is None or not view.terminal:
+            print(text)
+        if view is not None and not view.terminal:
+            print(figures(answer, c, sample.forwards, sample.seconds))
+        if task and not args.quiet:
+            print("right" if task.check(args.prompt, text) else "wrong", flush=True)
     return 0
+
+
+def answer_file(args, backbone: Backbone, tokenizer: Tokenizer, options: dict) -> None:
+    """Answer the prompts of a file in batches, one JSON object a line on stdout."""
+    c = backbone.config
+    prompts = read_prompts(args.prompts, tokenizer, args.raw, c.max_len - options["gen_length"])
+    for i in range(0, len(prompts), args.batch_size):
+        batch = prompts[i:i + args.batch_size]
+        ids, pad = left_pad([row for _, row in batch], c.pad_id, backbone.embedding.weight.device)
+        sample = generate(backbone, ids, pad_mask=pad, **options)
+        for (prompt, _), answer in zip(batch, sample.ids[:, ids.shape[1]:]):
+            print(json.dumps({
+                "prompt": prompt, "text": answer_text(answer, tokenizer, c),
+                "tokens": count_tokens(answer, c), "forwards": sample.forwards,
+                "seconds": round(sample.seconds, 4), "batch": len(batch)},
+                ensure_ascii=False), flush=True)
 
 
 def _stated_length(ckpt: str) -> int:

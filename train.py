@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from metastate import MetaState
-from model import (DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, read_lines,
-                   write_atomic)
+from model import (DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, parse_json,
+                   read_lines, seed, write_atomic)
 from sample import denoise
 
 
@@ -269,8 +269,8 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int,
     the two together pass max_length; an example whose prompt leaves less than 8 positions is
     dropped. Raises `InputError` with the file and line number."""
     examples, dropped = [], 0
-    for number, fields in read_lines(path):
-        where = f"{path}:{number}"
+    for where, line in read_lines(path):
+        fields = parse_json(line, where)
         messages = fields.get("messages")
         if messages is None and "prompt" in fields:
             messages = [{"role": "user", "content": fields["prompt"]},
@@ -375,7 +375,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                       "tasks one task each")
     fit_.add_argument("--lr", type=float, default=3e-3, help="peak of AdamW; 3e-4 suits 8B")
     fit_.add_argument("--warmup", type=int, default=50)
-    fit_.add_argument("--seed", type=int, default=0, help="of the memory's weights and the data")
+    fit_.add_argument("--seed", type=seed, default=0, help="of the memory's weights and the data")
     fit_.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response")
     fit_.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
     fit_.add_argument("--save-every", type=int, default=100)

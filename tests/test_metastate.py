@@ -1,0 +1,588 @@
+"""The memory: what it leaves alone untrained, what it reads and writes trained, its arithmetic by
+hand, and the files it is kept in."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATA, EOS_ID, FAMILIES, MASK_ID
+from safetensors.torch import save_file
+from test_sample import one_prompt, prompts_of
+
+from metastate import AdaptiveNorm, MetaState, Updater
+from model import DREAM_7B, DTYPES, LLADA_8B, Backbone, InputError, load
+from sample import DREAM_ORDERS, LLADA_ORDERS, denoise, generate, left_pad
+from train import unrolled_loss
+
+ORDERS = LLADA_ORDERS + DREAM_ORDERS
+P, G = 11, 32          # prompt and answer
+SPAN = (P, G)
+D = 64                 # width of both oracle checkpoints
+
+
+def awake(backbone: Backbone, seed: int = 0, by: float = 0.15, **options) -> MetaState:
+    """A memory whose every parameter is moved away from its start, as training would."""
+    memory = MetaState.for_backbone(backbone, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in memory.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator))
+    return memory
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clock(*values: float) -> torch.Tensor:
+    """A t for each row."""
+    return torch.tensor(values)
+
+
+def masked_answer(rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, P + G) ids with half of the answer masked, and the answer's positions."""
+    ids = torch.tensor(prompts_of([P + G] * rows))
+    ids[:, P::2] = MASK_ID
+    return ids, torch.arange(P, P + G).expand(rows, G)
+
+
+# ------------------------------------------------------------------ untrained: nothing changes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_untrained_memory_leaves_the_logits_alone(family, dtype):
+    """Bit for bit, at the first step and with a state that has moved."""
+    backbone, _ = load(DATA / family, "cpu", dtype)
+    memory, (ids, where) = MetaState.for_backbone(backbone), masked_answer(rows=2)
+    plain, nothing = denoise(backbone, ids, where)
+    assert nothing is None
+    for state in (memory.initial(2), noise(2, memory.sizes["slots"], memory.sizes["width"])):
+        e = backbone.embed(ids)
+        assert torch.equal(memory.inject(e, state, clock(0.5, 0.1), SPAN), e)
+        logits, _ = denoise(backbone, ids, where, memory=memory, state=state, span=SPAN)
+        assert torch.equal(logits, plain)
+
+
+SAMPLINGS = [dict(order=order) for order in ORDERS]
+SAMPLINGS += [dict(steps=4, block_length=8), dict(order="entropy", block_length=4)]
+SAMPLINGS += [dict(order=order, threshold=0.05) for order in ("low_confidence", "maskgit_plus")]
+SAMPLINGS += [dict(cfg_scale=1.5), dict(cfg_scale=0.5, order="entropy", block_length=8)]
+SAMPLINGS += [dict(order=order, temperature=0.7) for order in ORDERS]
+SAMPLINGS += [dict(order=order, alg_temp=0.5) for order in DREAM_ORDERS]
+
+
+@pytest.mark.parametrize("options", SAMPLINGS, ids=str)
+def test_an_untrained_memory_changes_no_answer(backbone, options):
+    """Every order, threshold, guidance and draw on a padded batch: the same seed gives the same
+    tokens with an untrained memory as without one, also where a schedule has empty steps."""
+    ids, pad_mask = left_pad(prompts_of([7, 1, P]), EOS_ID, "cpu")
+    options = dict(gen_length=16, block_length=16, steps=16) | options
+    plain = generate(backbone, ids, pad_mask=pad_mask, **options)
+    same = generate(backbone, ids, pad_mask=pad_mask, memory=MetaState.for_backbone(backbone),
+                    **options)
+    assert same.ids.tolist() == plain.ids.tolist()
+
+
+def test_a_trained_memory_changes_answers(backbone):
+    """What the tests above would miss if `generate` ignored its memory."""
+    options = dict(gen_length=G, block_length=G, steps=8)
+    plain = generate(backbone, one_prompt(), **options)
+    changed = generate(backbone, one_prompt(), memory=awake(backbone), **options)
+    assert changed.ids.tolist() != plain.ids.tolist()
+
+
+def test_the_first_step_of_training_moves_the_injector(backbone):
+    """A memory at zero output still gets a gradient there, or it would stay untrained forever."""
+    memory, (ids, where) = MetaState.for_backbone(backbone), masked_answer()
+    logits, _ = denoise(backbone, ids, where, memory=memory, state=memory.initial(1), span=SPAN)
+    logits.square().mean().backward()
+    assert memory.injector.attention.out.weight.grad.abs().max() > 0
+
+
+# ------------------------------------------------------------------ sizes and dtypes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_is_float32_and_as_large_for_any_length(family, dtype):
+    """(B, M, D) for a short and a long sequence, and no rounding to the backbone's dtype."""
+    backbone, _ = load(DATA / family, "cpu", dtype)
+    memory = awake(backbone)
+    for rows, length in ((1, 6), (3, 90)):
+        ids, state = torch.full((rows, length), MASK_ID), memory.initial(rows)
+        shape = (rows, memory.sizes["slots"], memory.sizes["width"])
+        for _ in range(2):
+            assert state.dtype == torch.float32 and tuple(state.shape) == shape
+            _, state = denoise(backbone, ids, torch.zeros(rows, 1, dtype=torch.long),
+                               memory=memory, state=state, span=(0, length))
+        assert memory.inject(backbone.embed(ids), state, clock(*[0.5] * rows),
+                             (0, length)).dtype == DTYPES[dtype]
+
+
+def test_a_small_change_to_the_state_is_not_lost():
+    """The update is computed in float32 whatever the reading's dtype: in bfloat16 1 - 2e-4 is 1."""
+    updater = Updater(4, 4)
+    with torch.no_grad():
+        for p in updater.parameters():
+            p.zero_()
+        updater.from_c.bias[4:8] = 8.5  # z = sigmoid(8.5), so 1 - z is 2e-4
+    state = updater(torch.ones(1, 2, 4), noise(1, 2, 4).bfloat16(), noise(1, 4))
+    assert torch.allclose(1 - state, torch.full((1, 2, 4), -8.5).sigmoid(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("config", [LLADA_8B, DREAM_7B], ids=FAMILIES)
+def test_the_share_of_parameters_is_the_published_one(config):
+    """64 slots of width 1024, and 0.5 to 0.7% of the backbone's weights."""
+    fake = SimpleNamespace(config=config, fingerprint=lambda: "x")
+    memory = MetaState.for_backbone(fake)
+    assert memory.sizes["slots"] == 64 and memory.sizes["width"] == 1024
+    assert memory.sizes["dim"] == config.dim
+    count = sum(p.numel() for p in memory.parameters())
+    assert 0.005 <= count / config.parameters <= 0.007
+
+
+def test_sizes_can_be_chosen(backbone):
+    """Slots and width as given, and the generator decides the weights."""
+    memory = MetaState.for_backbone(backbone, slots=5, width=20)
+    assert memory.initial(3).shape == (3, 5, 20)
+    weights = [MetaState.for_backbone(backbone, generator=torch.Generator().manual_seed(seed))
+               .mixer.attention.q.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# ------------------------------------------------------------------ arithmetic by hand
+def zeroed_updater(width: int = 6, cond: int = 5) -> Updater:
+    """An Updater with random weights and modulations of zero."""
+    updater, generator = Updater(width, cond), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in updater.parameters():
+            p.normal_(0.0, 0.7, generator=generator)
+        for norm in (updater.norm_c, updater.norm_s):
+            for p in norm.parameters():
+                p.zero_()
+    return updater
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def gru_cell(updater: Updater) -> torch.nn.GRUCell:
+    """torch's cell with the Updater's weights."""
+    cell = torch.nn.GRUCell(updater.from_c.in_features, updater.from_s.in_features)
+    with torch.no_grad():
+        for ours, name in ((updater.from_c, "ih"), (updater.from_s, "hh")):
+            getattr(cell, f"weight_{name}").copy_(ours.weight)
+            getattr(cell, f"bias_{name}").copy_(ours.bias)
+    return cell
+
+
+def test_the_updater_is_a_gru_cell():
+    """On a state of root mean square 1, which the norm leaves as it is, and with no modulation."""
+    updater, s, c = zeroed_updater(), rms(noise(2, 3, 6)), 5 * noise(2, 3, 6, seed=1)
+    expected = gru_cell(updater)(rms(c).view(6, 6), s.view(6, 6)).view(2, 3, 6)
+    assert torch.allclose(updater(s, c, noise(2, 5)), expected, atol=1e-5)
+
+
+def test_the_updater_keeps_the_state_itself_not_its_norm():
+    """What z keeps is s: a state of another size comes through at that size."""
+    updater, s, c = zeroed_updater(), 4 * rms(noise(2, 3, 6)), noise(2, 3, 6, seed=1)
+    z = torch.sigmoid((updater.from_c(rms(c)) + updater.from_s(rms(s)))[..., 6:12])
+    expected = gru_cell(updater)(rms(c).view(6, 6), rms(s).view(6, 6)).view(2, 3, 6)
+    assert torch.allclose(updater(s, c, noise(2, 5)), expected + z * (s - rms(s)), atol=1e-5)
+
+
+def test_the_adaptive_norm_by_hand():
+    """x / rms(x) * (1 + scale) + shift, one scale and shift for all positions of a row."""
+    norm = AdaptiveNorm(6, 5)
+    x, cond = 3 * noise(2, 4, 6), noise(2, 5, seed=1)
+    with torch.no_grad():
+        norm.modulation.weight.copy_(noise(12, 5, seed=2))
+        norm.modulation.bias.copy_(noise(12, seed=3))
+    for b in range(2):
+        scale, shift = (norm.modulation.weight @ cond[b] + norm.modulation.bias).split(6)
+        for i in range(4):
+            expected = x[b, i] / x[b, i].square().mean().sqrt() * (1 + scale) + shift
+            assert torch.allclose(norm(x, cond)[b, i], expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------ where slots look
+@pytest.mark.parametrize("start, length, slots", [(0, 8, 8), (10, 24, 24), (3, 8, 4), (5, 10, 4),
+                                                  (2, 3, 6)])
+def test_slots_are_spread_evenly_over_the_response(start, length, slots):
+    """Each slot's centre is the middle of its share of the response; distances count in slots."""
+    memory = MetaState(D, slots, 8, heads=4)
+    distance = memory._distance(torch.zeros(1, 40, D), (start, length))
+    assert distance.shape == (1, 40, slots)
+    per_slot = length / slots
+    for slot in range(slots):
+        centre = start - 0.5 + per_slot * slot + per_slot / 2  # position i covers i - 0.5 .. i + 0.5
+        for position in range(40):
+            expected = abs(position - centre) / per_slot
+            assert float(distance[0, position, slot]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_spans_may_differ_by_row(backbone):
+    """(B,) tensors of starts and lengths give each row what its own ints give it."""
+    memory, e = awake(backbone), noise(2, 30, D)
+    s = noise(2, memory.sizes["slots"], memory.sizes["width"], seed=1)
+    starts, lengths, t = torch.tensor([4, 20]), torch.tensor([12, 9]), clock(0.3, 0.8)
+    together = (memory.inject(e, s, t, (starts, lengths)), memory.update(s, e, t, (starts, lengths)))
+    for i in range(2):
+        row, span = slice(i, i + 1), (int(starts[i]), int(lengths[i]))
+        assert torch.allclose(together[0][row], memory.inject(e[row], s[row], t[row], span),
+                              atol=1e-5)
+        assert torch.allclose(together[1][row], memory.update(s[row], e[row], t[row], span),
+                              atol=1e-5)
+
+
+def steep(backbone: Backbone, slots: int) -> MetaState:
+    """A memory whose heads all see the nearest position or slot only."""
+    memory = awake(backbone, slots=slots)
+    with torch.no_grad():
+        for attention in (memory.mixer.attention, memory.injector.attention):
+            attention.slopes.fill_(60.0)
+    return memory
+
+
+def test_a_steep_bias_ties_slots_to_their_positions(backbone):
+    """With as many slots as answer positions slot j reads position P + j and writes to it, and to
+    no other: distances are neither transposed nor shifted."""
+    memory, h = steep(backbone, slots=8), noise(1, P + 8, D)
+    s, t, span = noise(1, 8, memory.sizes["width"], seed=1), clock(0.5), (P, 8)
+    for j in (0, 3, 7):
+        moved = h.clone()
+        moved[0, P + j] += 1
+        changed = (memory.update(s, moved, t, span) - memory.update(s, h, t, span)).abs().amax(-1)
+        assert changed[0, j] > 1e-3 and changed[0, torch.arange(8) != j].max() < 1e-5
+        other = s.clone()
+        other[0, j] += noise(memory.sizes["width"], seed=2)
+        changed = (memory.inject(h, other, t, span) - memory.inject(h, s, t, span)).abs().amax(-1)
+        assert changed[0, P + j] > 1e-3
+        assert changed[0, P:][torch.arange(8) != j].max() < 1e-5
+
+
+def test_heads_begin_local_and_global(backbone):
+    """Of four heads two are local at first, slopes 4 and 1, and two see everything alike."""
+    memory = MetaState.for_backbone(backbone)
+    for attention in (memory.mixer.attention, memory.injector.attention):
+        assert sorted(attention.slopes.tolist()) == [0.0, 0.0, 1.0, 4.0]
+
+
+# ------------------------------------------------------------------ switches
+def results(memory: MetaState, t: float, span: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """What the memory writes, and its next state."""
+    e, s = noise(1, 40, D), noise(1, memory.sizes["slots"], memory.sizes["width"], seed=1)
+    return memory.inject(e, s, clock(t), span), memory.update(s, e, clock(t), span)
+
+
+@pytest.mark.parametrize("time", [True, False])
+def test_the_time_switch(backbone, time):
+    """Results depend on t exactly when time conditioning is on."""
+    memory = awake(backbone, time=time)
+    for now, later in zip(results(memory, 0.9, SPAN), results(memory, 0.2, SPAN)):
+        assert torch.equal(now, later) == (not time)
+        assert time == bool((now - later).abs().max() > 1e-3)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_local_switch(backbone, local):
+    """Results depend on where the response lies exactly when the local bias is on."""
+    memory = awake(backbone, local=local)
+    for here, there in zip(results(memory, 0.5, (0, 12)), results(memory, 0.5, (20, 16))):
+        assert torch.equal(here, there) == (not local)
+        assert local == bool((here - there).abs().max() > 1e-3)
+
+
+def test_time_tells_neighbouring_steps_apart(backbone):
+    """The shares of a 24-token answer have t_cond that differ, 0 and 1 included."""
+    cond = awake(backbone).time(torch.arange(25) / 24)
+    gaps = torch.cdist(cond, cond) + torch.eye(25) * 99
+    assert gaps.min() > 0.01
+
+
+# ------------------------------------------------------------------ sampling with a memory
+def slow_generate(backbone: Backbone, memory: MetaState, prompt: list[int], gen_length: int,
+                  block_length: int, cfg_scale: float) -> list[int]:
+    """One token a step by low confidence, written out with a memory for each of the two passes."""
+    c, start = backbone.config, len(prompt)
+    ids, span = prompt + [MASK_ID] * gen_length, (start, gen_length)
+    states = [memory.initial(1), memory.initial(1)]
+    for first in range(start, start + gen_length, block_length):
+        for _ in range(block_length):
+            share = clock(ids[start:].count(MASK_ID) / gen_length)
+            both = []
+            for i, seen in enumerate((ids, [MASK_ID] * start + ids[start:])):
+                e = memory.inject(backbone.embed(torch.tensor([seen])), states[i], share, span)
+                h = backbone.hidden(e)
+                logits = backbone.logits(h)[0]
+                both.append(torch.cat([logits[:1], logits[:-1]]) if c.shift else logits)
+                states[i] = memory.update(states[i], h, share, span)
+            logits = both[1] + (cfg_scale + 1) * (both[0] - both[1]) if cfg_scale else both[0]
+            probability = logits.softmax(-1)
+            probability[:, MASK_ID] = -1
+            open_ = [i for i in range(first, first + block_length) if ids[i] == MASK_ID]
+            best = max(open_, key=lambda i: float(probability[i].max()))
+            ids[best] = int(probability[best].argmax())
+    return ids
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize("block_length", [4, 12])
+def test_generate_is_the_slow_loop(backbone, block_length, cfg_scale):
+    """Injection, clock, Dream's shift, updates across steps and blocks, and a memory for each pass
+    of the guidance: token for token what a hand-written loop gives."""
+    memory, prompt = awake(backbone), prompts_of([P])[0]
+    result = generate(backbone, torch.tensor([prompt]), memory=memory, gen_length=12, steps=12,
+                      block_length=block_length, order="low_confidence", cfg_scale=cfg_scale)
+    with torch.no_grad():
+        slow = slow_generate(backbone, memory, prompt, 12, block_length, cfg_scale)
+    assert result.ids[0].tolist() == slow
+
+
+def test_the_memory_is_carried_across_blocks(backbone, monkeypatch):
+    """The second block begins with the state that the first one left, and what it writes depends on
+    it."""
+    memory, given, left = awake(backbone), [], []
+    inject, update = memory.inject, memory.update
+    monkeypatch.setattr(memory, "inject",
+                        lambda e, s, *a: given.append((e, s, *a)) or inject(e, s, *a))
+    monkeypatch.setattr(memory, "update", lambda *a: left.append(update(*a)) or left[-1])
+    generate(backbone, one_prompt(), memory=memory, gen_length=16, block_length=8, steps=8)
+    assert len(given) == len(left) == 8  # four steps in each block
+    assert torch.equal(given[0][1], memory.initial(1))
+    assert all(torch.equal(left[i], given[i + 1][1]) for i in range(7))
+    e, s, t, span = given[4]
+    assert (s - memory.initial(1)).abs().max() > 0.1
+    kept, reset = (backbone.logits(backbone.hidden(inject(e, state, t, span)))
+                   for state in (s, memory.initial(1)))
+    assert (kept - reset)[:, P + 8:].abs().max() > 1e-3
+
+
+def test_a_memory_that_forgets_answers_differently(backbone, monkeypatch):
+    """The same weights with the state set back after every step: other tokens, so the state and
+    not only the Injector decides."""
+    options = dict(gen_length=G, block_length=8, steps=16)
+    memory = awake(backbone)
+    carried = generate(backbone, one_prompt(), memory=memory, **options)
+    monkeypatch.setattr(memory, "update", lambda s, *a: memory.initial(len(s)))
+    forgetful = generate(backbone, one_prompt(), memory=memory, **options)
+    assert carried.ids.tolist() != forgetful.ids.tolist()
+
+
+def test_the_clock_is_the_share_of_the_response_still_masked(backbone, monkeypatch):
+    """Over the whole response, not the block; masks in the prompt do not count, also not where
+    guidance masks all of it."""
+    memory, seen = awake(backbone), []
+    inject = memory.inject
+    monkeypatch.setattr(memory, "inject",
+                        lambda e, s, t, span: seen.append(t) or inject(e, s, t, span))
+    prompt = one_prompt()
+    prompt[0, 2] = MASK_ID
+    generate(backbone, prompt, memory=memory, gen_length=16, block_length=8, steps=8,
+             order="low_confidence", cfg_scale=1.0)
+    assert [t.tolist() for t in seen] == [[1 - i / 8] * 2 for i in range(8)]
+
+
+def test_a_memory_runs_where_nothing_is_committed(backbone):
+    """A scheduled step that commits nothing still updates the memory; without one it is skipped."""
+    options = dict(gen_length=G, block_length=G, steps=G, order="entropy")
+    plain = generate(backbone, one_prompt(), **options)
+    remembering = generate(backbone, one_prompt(), memory=awake(backbone), **options)
+    assert plain.forwards < remembering.forwards == G
+
+
+# ------------------------------------------------------------------ padding
+def test_pads_on_the_left_change_nothing(backbone):
+    """Two steps of a padded batch: logits and states are those of the prompts one by one."""
+    memory, prompts = awake(backbone), prompts_of([3, P, 1])
+    ids, pad = left_pad([p + [MASK_ID] * 8 for p in prompts], EOS_ID, "cpu")
+    where = torch.arange(P, P + 8).expand(3, 8)
+    state, states = memory.initial(3), [memory.initial(1)] * 3
+    for step in range(2):
+        logits, state = denoise(backbone, ids, where, memory=memory, state=state, span=(P, 8),
+                                pad_mask=pad)
+        for i, prompt in enumerate(prompts):
+            n = len(prompt)
+            row = torch.cat([torch.tensor(prompt), ids[i, P:]])[None]
+            alone, states[i] = denoise(backbone, row, torch.arange(n, n + 8)[None], memory=memory,
+                                       state=states[i], span=(n, 8))
+            assert torch.allclose(logits[i], alone[0], atol=1e-3)
+            assert torch.allclose(state[i], states[i][0], atol=1e-4)
+        ids[:, P + step] = 7
+    assert (state[0] - state[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [
+    dict(steps=8), dict(steps=16, block_length=8, order="entropy"),
+    dict(steps=16, block_length=8, order="low_confidence", cfg_scale=1.0),
+    dict(steps=16, order="maskgit_plus", threshold=0.1)], ids=str)
+def test_a_padded_batch_with_memory_equals_its_prompts_one_by_one(backbone, options):
+    """Neither padding nor neighbours reach a row's memory."""
+    options = dict(gen_length=16, block_length=16, order="low_confidence") | options
+    memory, prompts = awake(backbone), prompts_of((7, 1, P))
+    ids, pad = left_pad(prompts, EOS_ID, "cpu")
+    together = generate(backbone, ids, pad_mask=pad, memory=memory, **options)
+    for row, prompt in zip(together.ids, prompts, strict=True):
+        alone = generate(backbone, torch.tensor([prompt]), memory=memory, **options)
+        assert row[-16:].tolist() == alone.ids[0, -16:].tolist()
+
+
+def test_what_stands_at_a_pad_does_not_matter(backbone):
+    """The Mixer never reads a padded position, whatever its hidden state is."""
+    memory, h = awake(backbone), noise(2, 20, D)
+    s, pad = noise(2, memory.sizes["slots"], memory.sizes["width"]), torch.zeros(2, 20).bool()
+    pad[1, :5] = True
+    other = h.clone()
+    other[1, :5] = 30.0
+    first, second = (memory.update(s, x, clock(0.5, 0.5), (8, 12), pad) for x in (h, other))
+    assert torch.equal(first, second)
+    blind, seeing = (memory.update(s, x, clock(0.5, 0.5), (8, 12)) for x in (h, other))
+    assert torch.equal(blind[0], seeing[0]) and not torch.allclose(blind[1], seeing[1], atol=1e-3)
+
+
+def test_right_padding_does_not_reach_the_loss(backbone, monkeypatch):
+    """A row with pads behind it has the loss and the gradients of the row alone."""
+    memory, ids = awake(backbone), torch.tensor(prompts_of([20]))
+    answer, revealed = torch.arange(20)[None] >= 12, torch.full((1, 20), -1)
+    revealed[0, 12:] = torch.tensor([0, 2, 1, 0, 1, 1, 2, 0])
+    outcomes = []
+    for pads in (0, 9):
+        padded, mask = F.pad(ids, (0, pads), value=EOS_ID), F.pad(answer, (0, pads))
+        monkeypatch.setattr("train.reveal_steps", lambda *a: F.pad(revealed, (0, pads), value=-1))
+        memory.zero_grad()
+        loss = unrolled_loss(backbone, memory, padded, mask, K=3,
+                             pad_mask=torch.arange(20 + pads)[None] >= 20 if pads else None)
+        loss.backward()
+        outcomes.append([loss.detach(), *(p.grad.clone() for p in memory.parameters())])
+    for alone, padded in zip(*outcomes):
+        assert torch.allclose(alone, padded, atol=1e-5, rtol=1e-3)
+
+
+# ------------------------------------------------------------------ gradients
+def test_gradients_reach_the_whole_memory_and_nothing_else(backbone):
+    """Every parameter of a memory that has begun to learn; no weight of the frozen backbone."""
+    memory, ids = awake(backbone), torch.tensor(prompts_of([24, 24]))
+    answer = (torch.arange(24) >= 10).expand(2, 24)
+    unrolled_loss(backbone, memory, ids, answer, K=3).backward()
+    silent = [name for name, p in memory.named_parameters()
+              if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+    assert all(torch.isfinite(p.grad).all() for p in memory.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+
+
+# ------------------------------------------------------------------ files
+@pytest.mark.parametrize("options", [
+    {}, dict(slots=5, width=24, time=False, cond=12), dict(slots=3, local=False)], ids=str)
+def test_save_and_load(backbone, tmp_path, options):
+    """Sizes, switches, fingerprint and every bit of the weights come back, frozen and in eval
+    mode; the same results follow."""
+    memory, path = awake(backbone, **options), tmp_path / "new" / "memory.safetensors"
+    memory.save(path)
+    loaded = MetaState.load(path, backbone)
+    assert loaded.sizes == memory.sizes and loaded.fingerprint == backbone.fingerprint()
+    assert loaded.state_dict().keys() == memory.state_dict().keys()
+    for name, tensor in memory.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    memory.requires_grad_(False)  # attention has another kernel where gradients are wanted
+    for ours, theirs in zip(results(memory, 0.4, SPAN), results(loaded, 0.4, SPAN)):
+        assert torch.equal(ours, theirs)
+    assert [f.name for f in path.parent.iterdir()] == [path.name]
+
+
+def test_a_memory_belongs_to_its_backbone(backbones, tmp_path, family):
+    """Another family of the same width refuses it, and so does the same network with one matrix
+    changed; the file is named."""
+    path = tmp_path / "memory.safetensors"
+    MetaState.for_backbone(backbones[family]).save(path)
+    other = backbones[FAMILIES[1 - FAMILIES.index(family)]]
+    tuned, _ = load(DATA / family, "cpu")
+    with torch.no_grad():
+        tuned.blocks[1].down.weight.mul_(1.01)
+    for wrong in (other, tuned):
+        with pytest.raises(InputError, match="another backbone") as caught:
+            MetaState.load(path, wrong)
+        assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_missing(backbone, tmp_path):
+    """The path is named."""
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(InputError, match="not a MetaState memory") as caught:
+            MetaState.load(path, backbone)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1e-3, 0.5, 0.999])
+def test_a_file_that_is_cut_short(backbone, tmp_path, keep):
+    """A download that broke off."""
+    path = tmp_path / "memory.safetensors"
+    MetaState.for_backbone(backbone).save(path)
+    path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size)])
+    with pytest.raises(InputError, match="not a MetaState memory"):
+        MetaState.load(path, backbone)
+
+
+def rewritten(path: Path, memory: MetaState, metadata: dict | None, **changes) -> Path:
+    """The memory's file with other metadata, and with tensors replaced or (None) left out."""
+    tensors = {k: v for k, v in (memory.state_dict() | changes).items() if v is not None}
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("metadata, changes", [
+    (None, {}),                                                # a safetensors file of anything
+    ({"sizes": "{", "backbone": "x"}, {}),
+    ({"sizes": "[1, 2]", "backbone": "x"}, {}),
+    ({"sizes": "{}", "backbone": "x"}, {}),
+    ({"sizes": json.dumps({"dim": D, "slots": 24, "width": 32, "colour": 1}), "backbone": "x"}, {}),
+    ({"sizes": "same"}, {}),                                   # no fingerprint
+    ("same", {"start": None}),                                 # a tensor is missing
+    ("same", {"start": torch.zeros(24, 31)}),                  # of another shape
+    ("same", {"extra": torch.zeros(3)}),
+], ids=str)
+def test_a_file_that_is_no_memory(backbone, tmp_path, metadata, changes):
+    """Metadata or tensors that are absent, broken, too many or of another shape."""
+    memory = MetaState.for_backbone(backbone)
+    good = {"sizes": json.dumps(memory.sizes), "backbone": backbone.fingerprint()}
+    if metadata == "same":
+        metadata = good
+    elif metadata and metadata["sizes"] == "same":
+        metadata = {"sizes": good["sizes"]}
+    path = rewritten(tmp_path / "memory.safetensors", memory, metadata, **changes)
+    with pytest.raises(InputError, match="not a MetaState memory"):
+        MetaState.load(path, backbone)
+
+
+def test_the_backbone_itself_is_no_memory(backbone, family):
+    """The likeliest mistake with two safetensors files at hand."""
+    with pytest.raises(InputError, match="not a MetaState memory"):
+        MetaState.load(DATA / family / "model.safetensors", backbone)
+
+
+# ------------------------------------------------------------------ fingerprints
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float32"])
+def test_the_fingerprint_is_the_same_in_any_dtype(family, dtype):
+    """A memory trained on a float32 backbone fits the same one loaded in another dtype."""
+    assert load(DATA / family, "cpu", dtype)[0].fingerprint() == \
+        load(DATA / family, "cpu", "float32")[0].fingerprint()
+
+
+def test_the_fingerprint_tells_checkpoints_apart(backbones, family):
+    """Any parameter that was trained further, the other family, and the same weights under another
+    config all count as another backbone."""
+    original = backbones[family].fingerprint()
+    assert original != backbones[FAMILIES[1 - FAMILIES.index(family)]].fingerprint()
+    tuned, _ = load(DATA / family, "cpu")
+    assert tuned.fingerprint() == original
+    for name, p in tuned.named_parameters():
+        kept = p.clone()
+        with torch.no_grad():
+            p.mul_(1.02).add_(1e-3)
+            assert tuned.fingerprint() != original, name
+            p.copy_(kept)
+    tuned.config = replace(tuned.config, rope_theta=tuned.config.rope_theta + 1)
+    assert tuned.fingerprint() != original

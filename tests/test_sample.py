@@ -1,0 +1,628 @@
+"""The samplers: token for token against the published ones, and what holds of any decoding."""
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import DATA, EOS_ID, FAMILIES, MASK_ID, boosted, byte_tokenizer
+from safetensors.torch import load_file
+
+import sample
+from model import Backbone, Tokenizer, load
+from sample import DREAM_ORDERS, LLADA_ORDERS, Step, generate, propose
+
+ORDERS = LLADA_ORDERS + DREAM_ORDERS
+P, G = 11, 32  # prompt and answer of the published outputs
+
+
+# ------------------------------------------------------------------ the published samplers
+LLADA_KEYS = {f"steps{s}_block{b}_low_confidence_t0": dict(steps=s, block_length=b)
+              for s, b in [(32, 32), (32, 8), (16, 32), (16, 8)]}
+LLADA_KEYS["steps16_block8_cfg1.5"] = dict(steps=16, block_length=8, cfg_scale=1.5)
+LLADA_BATCH = {"batch_steps16_block8_new_hf": dict(steps=16, block_length=8)}
+LLADA_FAST = {f"fast_plain_block8_steps32_th{threshold}":
+              dict(steps=32, block_length=8, threshold=threshold)
+              for threshold in (None, 0.04, 0.08, 0.9)}
+DREAM_KEYS = {f"{order}_steps{s}_t0": dict(steps=s, block_length=32, order=order)
+              for order in ("entropy", "maskgit_plus", "topk_margin") for s in (32, 16, 12)}
+DREAM_BATCH = {"batch_entropy_steps16_t0": dict(steps=16, block_length=32, order="entropy")}
+DREAM_FAST = {f"fast_nocache_threshold{threshold}_steps8":
+              dict(steps=8, block_length=32, threshold=threshold)
+              for threshold in (0.04, 0.08, 0.9)}
+MATCHED = {"llada": {**LLADA_KEYS, **LLADA_BATCH, **LLADA_FAST},
+           "dream": {**DREAM_KEYS, **DREAM_BATCH, **DREAM_FAST}}
+ALL_KEYS = [(family, key) for family, keys in MATCHED.items() for key in keys]
+
+
+@pytest.mark.parametrize("family, key", ALL_KEYS)
+def test_tokens_equal_the_published_samplers(backbones, family, key):
+    """Official samplers, batches of padded prompts, guidance and Fast-dLLM's uncached threshold:
+    the same ids, and for Fast-dLLM the same number of forwards."""
+    expected = load_file(DATA / family / "generate.safetensors")
+    prompt, pad_mask = expected["prompt"], None
+    if key.startswith("batch_"):
+        prompt, pad_mask = expected["batch_prompt"], expected["batch_attention_mask"] == 0
+        assert pad_mask.any()
+    result = generate(backbones[family], prompt, pad_mask=pad_mask, gen_length=G,
+                      **MATCHED[family][key])
+    assert result.ids.tolist() == expected[key].tolist()
+    if f"{key}_nfe" in expected:
+        assert result.forwards == int(expected[f"{key}_nfe"])
+
+
+def test_eos_in_the_middle_equals_the_published_sampler():
+    """A head that likes EOS: the official sampler decodes on behind it, and so do we."""
+    backbone, expected = eos_liking_llada()
+    result = generate(backbone, expected["prompt"], gen_length=G, steps=32)
+    key = "eosboost_steps32_block32_plain"
+    assert EOS_ID in expected[key][0, P:-1] and result.ids.tolist() == expected[key].tolist()
+
+
+def test_no_published_output_is_overlooked():
+    """Every uncached temperature-0 key of the oracles is matched above."""
+    elsewhere = ("seed0", "_inf", "eosboost", "fast_prefix", "fast_dual", "_nfe")
+    for family in FAMILIES:
+        keys = load_file(DATA / family / "generate.safetensors").keys()
+        keys = {k for k in keys if not any(word in k for word in elsewhere)}
+        assert keys - {"prompt", "batch_prompt", "batch_attention_mask"} == MATCHED[family].keys()
+
+
+def eos_liking_llada() -> tuple[Backbone, dict[str, torch.Tensor]]:
+    """The oracle's second LLaDA head, which predicts EOS here and there, and the outputs."""
+    expected = load_file(DATA / "llada" / "generate.safetensors")
+    backbone, _ = load(DATA / "llada", "cpu")
+    backbone.head.weight.copy_(expected["eosboost_ff_out_weight"])
+    return backbone, expected
+
+
+# ------------------------------------------------------------------ batches
+SETTINGS = {
+    "llada": [dict(steps=8), dict(steps=32, block_length=8), dict(steps=16, cfg_scale=1.5),
+              dict(steps=32, block_length=8, threshold=0.06)],
+    "dream": [dict(steps=8, order="entropy"), dict(steps=32, order="maskgit_plus", block_length=8),
+              dict(steps=16, order="topk_margin", cfg_scale=0.5), dict(steps=8, threshold=0.15)]}
+
+
+@pytest.mark.parametrize("family, options", [(f, o) for f in FAMILIES for o in SETTINGS[f]],
+                         ids=str)
+def test_a_padded_batch_equals_its_prompts_one_by_one(backbones, family, options):
+    """Neither the padding nor the neighbours nor their pace change what a prompt is answered, also
+    for a prompt of one token, whose first logits under Dream's shift come from that token."""
+    prompts = prompts_of(lengths=(7, 1, 11, 4, 2))
+    ids, pad_mask = sample.left_pad(prompts, EOS_ID, "cpu")
+    options = dict(gen_length=G, block_length=G) | options
+    together = generate(backbones[family], ids, pad_mask=pad_mask, **options)
+    alone = [generate(backbones[family], torch.tensor([p]), **options) for p in prompts]
+    for row, single in zip(together.ids, alone, strict=True):
+        assert row[-G:].tolist() == single.ids[0, -G:].tolist()
+    if options["block_length"] == G:  # with several, all wait for the slowest in each
+        assert together.forwards == max(single.forwards for single in alone)
+    assert len({tuple(single.ids[0, -G:].tolist()) for single in alone}) == len(prompts)
+
+
+def prompts_of(lengths, seed: int = 0) -> list[list[int]]:
+    """Prompts of random ids."""
+    rng = random.Random(seed)
+    return [[rng.randrange(MASK_ID) for _ in range(length)] for length in lengths]
+
+
+def one_prompt(rows: int = 1) -> torch.Tensor:
+    """The same random prompt in every row."""
+    return torch.tensor(prompts_of([P])).repeat(rows, 1)
+
+
+def test_left_pad_puts_the_padding_in_front():
+    """The batch that the command line builds: (B, P) ids and True where padded."""
+    ids, pad = sample.left_pad([[1, 2, 3], [4]], 9, "cpu")
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert pad.tolist() == [[False] * 3, [True, True, False]]
+
+
+def test_a_pad_mask_that_pads_nothing_is_no_pad_mask(backbone):
+    """An all-False mask does not even change the rounding."""
+    nothing = torch.zeros(1, P, dtype=torch.bool)
+    options = dict(gen_length=8, block_length=8, steps=8)
+    assert torch.equal(generate(backbone, one_prompt(), pad_mask=nothing, **options).ids,
+                       generate(backbone, one_prompt(), **options).ids)
+
+
+# ------------------------------------------------------------------ what holds of every decoding
+VARIANTS = [dict(order=order) for order in ORDERS] + [
+    dict(threshold=0.5), dict(threshold=0.0), dict(threshold=2.0), dict(block_length=4),
+    dict(temperature=1.0), dict(temperature=1.0, order="random"),
+    dict(temperature=0.5, top_p=0.9, top_k=5, order="entropy"), dict(temperature=2.0, top_k=1),
+    dict(order="topk_margin", temperature=1.0, top_p=0.01), dict(order="entropy", alg_temp=0.5),
+    dict(cfg_scale=1.5), dict(temperature=1.0, threshold=0.5, block_length=4),
+    dict(order="maskgit_plus", steps=4), dict(order="origin", steps=4), dict(steps=16)]
+
+
+def watched(backbone, *args, **options) -> tuple[sample.Sample, list[Step]]:
+    """`generate`, and a copy of every step that it shows."""
+    steps = []
+    result = generate(backbone, *args, **options, on_step=lambda step: steps.append(
+        Step(step.ids.clone(), step.fresh.clone(), step.forwards, step.seconds)))
+    return result, steps
+
+
+@pytest.mark.parametrize("mask_favoured", [False, True])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_position_is_settled_once(backbone, options, mask_favoured, monkeypatch):
+    """Whatever the order: the loop ends within the scheduled steps or one per position, the mask is
+    never committed even where its logit is the largest, each step's fresh positions are new, and
+    together they are the answer."""
+    options = dict(gen_length=8, block_length=8, steps=8) | options
+    calls, hidden = [], backbone.hidden
+    monkeypatch.setattr(backbone, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    prompt = one_prompt(rows=2)
+    with boosted(backbone, MASK_ID, 1e4 if mask_favoured else 0.0):
+        result, steps = watched(backbone, prompt, **options)
+    assert result.ids.shape == (2, P + 8)
+    assert torch.equal(result.ids[:, :P], prompt)
+    assert not (result.ids == MASK_ID).any()
+    assert result.forwards == len(calls) <= max(options["steps"], 8)
+    assert [step.forwards for step in steps] == list(range(1, result.forwards + 1))
+    settled = torch.zeros_like(result.ids, dtype=torch.bool)
+    settled[:, :P] = True
+    for step in steps:
+        assert not (settled & step.fresh).any()
+        settled |= step.fresh
+        assert torch.equal(step.ids == MASK_ID, ~settled)
+        assert torch.equal(step.ids[settled], result.ids[settled])  # and never revised
+    assert settled.all()
+    assert 0 <= steps[0].seconds <= steps[-1].seconds <= result.seconds
+
+
+@pytest.mark.parametrize("options", [dict(), dict(threshold=0.03), dict(order="random"),
+                                     dict(order="entropy")], ids=str)
+def test_blocks_are_settled_from_left_to_right(backbone, options):
+    """Semi-autoregressive: no step commits beyond the leftmost block that has a mask."""
+    _, steps = watched(backbone, one_prompt(2), gen_length=G, block_length=8, steps=16, **options)
+    for step in steps:
+        blocks = step.fresh[:, P:].reshape(2, 4, 8).any(2).any(0)               # (4,)
+        current = int(blocks.byte().argmax())
+        assert blocks.sum() == 1
+        assert not (step.ids[:, P:P + 8 * current] == MASK_ID).any()
+    assert torch.equal(steps[-1].ids != MASK_ID, torch.ones_like(steps[-1].fresh))
+
+
+def test_masks_in_the_prompt_stay(backbone):
+    """A mask token that the prompt itself contains is neither filled nor counted."""
+    prompt = one_prompt()
+    prompt[0, 3] = MASK_ID
+    result = generate(backbone, prompt, gen_length=8, block_length=8, steps=8)
+    assert torch.equal(result.ids[:, :P], prompt) and not (result.ids[:, P:] == MASK_ID).any()
+
+
+@torch.no_grad()
+def test_one_step_is_the_argmax_of_one_forward(backbone):
+    """Each answer position gets the logits that are its own: for Dream those one to the left."""
+    ids = torch.cat([one_prompt(), torch.full((1, 8), MASK_ID)], 1)
+    logits = backbone(ids)
+    if backbone.config.shift:
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    logits[..., MASK_ID] = -torch.inf
+    result = generate(backbone, one_prompt(), gen_length=8, block_length=8, steps=1,
+                      order="maskgit_plus")
+    assert result.forwards == 1 and torch.equal(result.ids[:, P:], logits[:, P:].argmax(-1))
+
+
+def test_logits_are_computed_only_where_a_token_can_be_committed(backbone):
+    """The head is the largest matrix: it sees the open positions of the block and no others."""
+    rows = []
+    handle = backbone.head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
+    try:
+        generate(backbone, one_prompt(2), gen_length=G, block_length=8, steps=G,
+                 order="low_confidence")
+    finally:
+        handle.remove()
+    assert rows == [(2, open_, 64) for _ in range(4) for open_ in range(8, 0, -1)]
+
+
+def test_confidences_are_float32_on_a_bfloat16_model(family, monkeypatch):
+    """In bf16 confidences tie, and the leftmost position would win."""
+    backbone, _ = load(DATA / family, "cpu", "bfloat16")
+    seen = []
+
+    def spy(logits, *args):
+        candidate, confidence = propose(logits, *args)
+        seen.extend([logits.dtype, confidence.dtype])
+        return candidate, confidence
+
+    monkeypatch.setattr(sample, "propose", spy)
+    generate(backbone, one_prompt(), gen_length=8, block_length=8, steps=8)
+    assert set(seen) == {torch.float32}
+
+
+def test_guidance_fades_into_no_guidance(backbone):
+    """With a scale next to nothing the guided logits are the conditional ones, padded or not; with
+    a real scale they are not."""
+    ids, pad_mask = sample.left_pad(prompts_of([11, 5]), EOS_ID, "cpu")
+    options = dict(pad_mask=pad_mask, gen_length=G, steps=16, order="maskgit_plus")
+    plain = generate(backbone, ids, **options).ids
+    assert torch.equal(generate(backbone, ids, cfg_scale=1e-9, **options).ids, plain)
+    assert not torch.equal(generate(backbone, ids, cfg_scale=1.5, **options).ids, plain)
+
+
+# ------------------------------------------------------------------ schedules
+def commits(backbone, **options) -> list[int]:
+    """How many positions each step commits."""
+    return [int(step.fresh.sum()) for step in watched(backbone, one_prompt(), **options)[1]]
+
+
+@pytest.mark.parametrize("order", ["maskgit_plus", "topk_margin", "entropy"])
+def test_dreams_schedule(backbones, order):
+    """32 tokens in 16 steps are committed as 1, then 2 fourteen times, then 3."""
+    counts = commits(backbones["dream"], gen_length=32, block_length=32, steps=16, order=order)
+    assert counts == [1] + [2] * 14 + [3]
+
+
+@pytest.mark.parametrize("length, steps, expected", [
+    (32, 12, [3] * 8 + [2] * 4), (32, 16, [2] * 16), (8, 3, [3, 3, 2]), (8, 1, [8]),
+    (8, 8, [1] * 8), (8, 16, [1] * 8)])
+@pytest.mark.parametrize("order", LLADA_ORDERS)
+def test_lladas_schedule(backbones, length, steps, expected, order):
+    """A block's positions are spread evenly over its steps, the remainder first; a step that has
+    nothing to commit is not run."""
+    counts = commits(backbones["llada"], gen_length=length, block_length=length, steps=steps,
+                     order=order)
+    assert counts == expected
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "maskgit_plus"])
+def test_steps_are_shared_among_blocks(backbone, order):
+    """Each block gets steps / blocks steps, and the schedule begins anew in each."""
+    whole = commits(backbone, gen_length=8, block_length=8, steps=3, order=order)
+    assert commits(backbone, gen_length=32, block_length=8, steps=12, order=order) == whole * 4
+
+
+def test_origin_commits_with_the_published_chance(backbones):
+    """Dream's "origin": a masked position is committed with probability 1 - s/t, so that of n
+    masked ones the k-th of K steps leaves n (1 - k/K) on average (to eps and four deviations)."""
+    rows, length, steps = 400, 16, 4
+    _, seen = watched(backbones["dream"], one_prompt(rows), gen_length=length, steps=steps,
+                      block_length=length, order="origin")
+    left = 1.0
+    for k, step in enumerate(seen):
+        expected = 1 - (1 - 1e-3) * (k + 1) / steps if k < steps - 1 else 0.0
+        deviation = (expected * (1 - expected) / (rows * length)) ** 0.5
+        left -= float(step.fresh[:, P:].float().mean())
+        assert abs(left - expected) <= 4 * deviation + 1e-6
+    assert len(seen) == steps
+
+
+@pytest.mark.parametrize("threshold, forwards", [(0.0, 1), (1.1, 8)])
+def test_thresholds_at_the_ends(backbones, threshold, forwards):
+    """A threshold that all reach takes one forward, one that none reaches one per position."""
+    result = generate(backbones["llada"], one_prompt(), gen_length=8, block_length=8, steps=8,
+                      threshold=threshold)
+    assert result.forwards == forwards
+
+
+def test_a_threshold_commits_what_reaches_it_and_the_surest(backbones):
+    """Fast-dLLM's rule, checked against the confidences of every step."""
+    backbone, threshold = backbones["llada"], 0.1
+    ids = torch.cat([one_prompt(), torch.full((1, 16), MASK_ID)], 1)
+    _, steps = watched(backbone, one_prompt(), gen_length=16, block_length=16, steps=16,
+                       threshold=threshold)
+    assert 1 < len(steps) < 16
+    for step in steps:
+        with torch.no_grad():
+            confidence = backbone(ids).softmax(-1).amax(-1)
+        confidence[ids != MASK_ID] = -1.0
+        expected = (confidence >= threshold) | (confidence == confidence.max())
+        assert torch.equal(step.fresh, expected)
+        ids = step.ids
+
+
+# ------------------------------------------------------------------ randomness
+RANDOM = [dict(temperature=0.8), dict(order="random"), dict(order="origin"),
+          dict(order="entropy", alg_temp=1.0),
+          dict(order="maskgit_plus", temperature=1.0, top_p=0.9)]
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=str)
+def test_a_generator_is_the_only_source_of_randomness(backbone, options):
+    """The same seed gives the same ids, another seed others, none means seed 0, and torch's global
+    generator is neither read nor moved."""
+    def decode(seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return generate(backbone, one_prompt(), gen_length=16, block_length=16, steps=8,
+                        generator=generator, **options).ids.tolist()
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = decode(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert decode(3) == first
+    assert decode() == decode(0)
+    assert len({str(decode(seed)) for seed in range(4)}) == 4
+
+
+def test_temperature_0_needs_no_generator(backbone):
+    """With an order by confidence nothing is drawn: the seed does not matter."""
+    options = dict(gen_length=16, block_length=16, steps=8, order="topk_margin")
+    results = {str(generate(backbone, one_prompt(), generator=torch.Generator().manual_seed(seed),
+                            **options).ids.tolist()) for seed in range(3)}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("options, near", [
+    (dict(order="low_confidence"), dict(temperature=1e-6)),
+    (dict(order="low_confidence"), dict(alg_temp=1e-6)),
+    (dict(order="maskgit_plus"), dict(alg_temp=1e-6)),
+    (dict(order="topk_margin"), dict(alg_temp=1e-6)),
+    (dict(order="entropy"), dict(alg_temp=1e-6))], ids=str)
+def test_small_temperatures_approach_the_argmax(backbone, options, near):
+    """Near 0 either temperature decodes as at 0. (Dream's confidences are measured in the tempered
+    distribution, so that there a temperature near 0 makes all of them 1.)"""
+    options = dict(gen_length=16, block_length=16, steps=16) | options
+    cold = generate(backbone, one_prompt(), **options).ids
+    for seed in range(3):
+        drawn = generate(backbone, one_prompt(), **options, **near,
+                         generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn.ids, cold)
+
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, 1.2, 0.3])  # of eight tokens; the last: mask
+MASK = len(LOGITS) - 1
+
+
+def draws(order="low_confidence", logits=LOGITS, n=20_000, **options) -> torch.Tensor:
+    """How often each token is proposed, (V,) counts."""
+    rows = logits.expand(2, n // 2, -1).clone()
+    candidate, _ = propose(rows, order, MASK, generator=torch.Generator().manual_seed(0),
+                           **options)
+    return torch.bincount(candidate.flatten(), minlength=len(logits))
+
+
+def assert_drawn_from(counts: torch.Tensor, probability: torch.Tensor) -> None:
+    """Chi-square of counts against probabilities below the 99.99% quantile of up to 20 degrees of
+    freedom, and nothing where the probability is 0."""
+    assert counts[probability == 0].sum() == 0
+    kept = probability > 0
+    expected = probability[kept] / probability.sum() * counts.sum()
+    chi_square = float(((counts[kept] - expected) ** 2 / expected).sum())
+    quantile = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 20: 52.4}
+    degrees = int(kept.sum()) - 1
+    assert chi_square < quantile[min(q for q in quantile if q >= max(degrees, 1))]
+
+
+@pytest.mark.parametrize("order", ["low_confidence", "random", "maskgit_plus", "origin"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_candidates_are_drawn_from_the_tempered_softmax(order, temperature):
+    """Gumbel-argmax is a draw from softmax(logits / T), the mask left out."""
+    probability = (LOGITS / temperature).softmax(-1)
+    probability[MASK] = 0
+    assert_drawn_from(draws(order, temperature=temperature), probability)
+
+
+@pytest.mark.parametrize("cut, kept", [
+    (dict(top_k=1), [0]), (dict(top_k=3), [0, 1, 6]), (dict(top_k=100), [0, 1, 2, 3, 4, 5, 6]),
+    (dict(top_k=0), [0, 1, 2, 3, 4, 5, 6]), (dict(top_p=1e-6), [0]), (dict(top_p=0.5), [0, 1]),
+    (dict(top_p=0.7), [0, 1, 6, 2]), (dict(top_p=1.0), [0, 1, 2, 3, 4, 5, 6]),
+    (dict(top_p=0.7, top_k=2), [0, 1])], ids=str)
+def test_cut_tokens_are_never_drawn(cut, kept):
+    """top_k keeps the most probable, top_p the smallest set whose probability exceeds it (0.36,
+    0.21, 0.16, 0.13, ... here), and what is kept is drawn in proportion."""
+    probability = torch.zeros(len(LOGITS))
+    probability[kept] = LOGITS.softmax(-1)[kept]
+    assert_drawn_from(draws(temperature=1.0, **cut), probability)
+
+
+def test_top_p_is_exceeded_not_reached():
+    """Of four tokens with a quarter each, two reach 0.5 and three exceed it, as published."""
+    uniform = torch.tensor([0.0] * 4 + [-torch.inf])
+    rows = uniform.expand(1, 500, -1).clone()
+    candidate, _ = propose(rows, "entropy", 4, 1.0, top_p=0.5,
+                           generator=torch.Generator().manual_seed(0))
+    assert len(candidate.unique()) == 3
+
+
+def test_top_p_is_measured_after_the_temperature():
+    """As Dream does: what a high temperature flattens, top_p cuts later."""
+    hot, cold = (draws("entropy", temperature=t, top_p=0.6) > 0 for t in (5.0, 0.2))
+    assert hot.sum() > cold.sum() == 1
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(temperature=1.0), dict(temperature=1.0, top_k=1), dict(temperature=0.1),
+    dict(temperature=1.0, top_p=0.5), dict(top_k=1, top_p=0.1)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_mask_is_never_a_candidate(order, options):
+    """Not even where it has practically all of the probability and a cut leaves nothing else."""
+    logits = LOGITS.clone()
+    logits[MASK] = 50.0
+    counts = draws(order, logits, n=1000, **options)
+    assert counts[MASK] == 0 and counts.sum() == 1000
+    if options.get("top_k") or options.get("top_p"):
+        assert counts[0] == 1000
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_what_each_order_calls_confidence(temperature):
+    """The candidate's probability (LLaDA's in the plain softmax, Dream's in the tempered one), the
+    margin of the top two, the negative entropy."""
+    logits = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
+    plain = logits.softmax(-1)
+    warm = (logits / (temperature or 1)).softmax(-1)
+    top = warm.sort(-1, descending=True).values
+    for order, expected in {
+            "low_confidence": lambda candidate: plain.gather(-1, candidate)[..., 0],
+            "maskgit_plus": lambda candidate: warm.gather(-1, candidate)[..., 0],
+            "topk_margin": lambda candidate: top[..., 0] - top[..., 1],
+            "entropy": lambda candidate: (warm * warm.log()).sum(-1)}.items():
+        candidate, confidence = propose(logits.clone(), order, 39, temperature,
+                                        generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(confidence, expected(candidate[..., None]))
+
+
+@torch.no_grad()
+def test_first_tokens_are_drawn_from_the_models_softmax(backbone):
+    """End to end: of many rows with one prompt, the first token is distributed as the softmax of
+    the logits that belong to it. The 20 most probable tokens, and the rest together."""
+    rows, temperature = 3000, 0.5
+    ids = torch.cat([one_prompt(), torch.full((1, 1), MASK_ID)], 1)
+    logits = backbone(ids)[0, P - 1 if backbone.config.shift else P] / temperature
+    logits[MASK_ID] = -torch.inf
+    probability, index = logits.softmax(-1).sort(descending=True)
+    result = generate(backbone, one_prompt(rows), gen_length=1, block_length=1, steps=1,
+                      temperature=temperature, top_k=0)
+    counts = torch.bincount(result.ids[:, P], minlength=512)[index]
+    assert_drawn_from(torch.cat([counts[:20], counts[20:].sum()[None]]),
+                      torch.cat([probability[:20], probability[20:].sum()[None]]))
+
+
+# ------------------------------------------------------------------ stopping early
+EARLY = [  # a family, how to decode, and what EOS's logit is raised by
+    ("llada", dict(steps=32), 4.5), ("llada", dict(steps=32), 5.5),
+    ("llada", dict(steps=16, block_length=8), 3.5), ("llada", dict(steps=16, threshold=0.3), 4.5),
+    ("dream", dict(steps=32, order="entropy"), 3.0),
+    ("dream", dict(steps=16, block_length=8, order="maskgit_plus"), 3.0),
+    ("dream", dict(steps=32, order="topk_margin"), 2.5),
+    ("dream", dict(steps=16, threshold=0.2), 2.6)]
+
+
+def before_eos(answer: torch.Tensor) -> list[int]:
+    """The ids of one answer (1-d) up to its first EOS."""
+    ids = answer.tolist()
+    return ids[:ids.index(EOS_ID)] if EOS_ID in ids else ids
+
+
+@pytest.mark.parametrize("family, options, by", EARLY, ids=str)
+def test_stopping_early_changes_nothing_before_eos(backbones, family, options, by):
+    """A model that likes EOS: the tokens before the first EOS are those of the full decoding, what
+    was left is EOS, and forwards are saved."""
+    options = dict(gen_length=G, block_length=G) | options
+    with boosted(backbones[family], EOS_ID, by):
+        full = generate(backbones[family], one_prompt(), **options)
+        early = generate(backbones[family], one_prompt(), stop_at_eos=True, **options)
+    text = before_eos(full.ids[0, P:])
+    assert 0 < len(text) < G
+    assert before_eos(early.ids[0, P:]) == text
+    same = early.ids == full.ids
+    assert (early.ids[~same] == EOS_ID).all() and not (early.ids == MASK_ID).any()
+    assert early.forwards < full.forwards
+
+
+def test_stopping_early_on_the_published_eos_model():
+    """The same with the oracle's EOS-liking head."""
+    backbone, expected = eos_liking_llada()
+    full = expected["eosboost_steps32_block32_plain"]
+    early = generate(backbone, expected["prompt"], gen_length=G, steps=32, stop_at_eos=True)
+    assert before_eos(early.ids[0, P:]) == before_eos(full[0, P:])
+    assert early.forwards < 32
+
+
+def test_only_eos_stops_within_the_first_block(backbone):
+    """A model that answers nothing but EOS never reaches the second block."""
+    with boosted(backbone, EOS_ID, 1e4):
+        result = generate(backbone, one_prompt(), gen_length=G, block_length=8, steps=G,
+                          stop_at_eos=True)
+    assert result.forwards <= 8 and (result.ids[:, P:] == EOS_ID).all()
+
+
+def test_without_eos_stopping_early_changes_nothing(backbones):
+    """No EOS, no early stop: the same ids and the same forwards."""
+    options = dict(gen_length=G, steps=16)
+    with boosted(backbones["llada"], EOS_ID, -1e4):
+        full = generate(backbones["llada"], one_prompt(), **options)
+        early = generate(backbones["llada"], one_prompt(), stop_at_eos=True, **options)
+    assert torch.equal(early.ids, full.ids) and early.forwards == full.forwards
+
+
+def test_a_batch_stops_when_its_last_row_has(backbones):
+    """Early stopping waits for the slowest row, so each row's text is what it is alone."""
+    backbone = backbones["llada"]
+    prompts = prompts_of([P] * 4, seed=1)
+    options = dict(gen_length=G, block_length=8, steps=G, stop_at_eos=True)
+    with boosted(backbone, EOS_ID, 5.0):
+        together = generate(backbone, torch.tensor(prompts), **options)
+        alone = [generate(backbone, torch.tensor([p]), **options) for p in prompts]
+    assert len({single.forwards for single in alone}) > 1 and together.forwards < G
+    assert together.forwards == max(single.forwards for single in alone)
+    for row, single in zip(together.ids, alone):
+        assert before_eos(row[P:]) == before_eos(single.ids[0, P:])
+
+
+# ------------------------------------------------------------------ figures and the command line
+def test_figures_count_generated_tokens_only(backbones):
+    """tokens/s of generated tokens: neither EOS nor what is still masked."""
+    answer = torch.tensor([[1, 2, MASK_ID, EOS_ID, EOS_ID], [3, EOS_ID, 4, MASK_ID, 5]])
+    config = backbones["llada"].config
+    assert sample.count_tokens(answer, config) == 5
+    assert sample.figures(answer, config, 4, 2.0) == \
+        "5 tokens  4 forwards  1.25 tokens/forward  2.5 tokens/s"
+
+
+def run(capsys, ckpt, *argv: str) -> str:
+    """stdout of a command that works."""
+    assert sample.main(["--ckpt", str(ckpt), "--device", "cpu", *argv]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_prompts_file_gives_one_json_result_a_line(text_ckpt, tmp_path, capsys):
+    """Text, JSON text and messages; blank lines are skipped; the answers do not depend on the batch
+    size."""
+    file = tmp_path / "prompts.txt"
+    messages = [{"role": "user", "content": "x"}]
+    file.write_text('héllo\n\n{"prompt": "two"}\n' + json.dumps({"messages": messages}) + "\n",
+                    encoding="utf-8")
+    argv = ["--prompts", str(file), "--gen-length", "8", "--raw"]
+    results = [[json.loads(line) for line in run(capsys, text_ckpt, *argv, "--batch-size", size)
+                .splitlines()] for size in ("1", "2", "5")]
+    assert [r["prompt"] for r in results[0]] == ["héllo", "two", messages]
+    for others in results[1:]:
+        assert [(r["prompt"], r["text"], r["tokens"]) for r in others] == \
+            [(r["prompt"], r["text"], r["tokens"]) for r in results[0]]
+    assert [[r["batch"] for r in rows] for rows in results] == [[1] * 3, [2, 2, 1], [3] * 3]
+    assert all(0 < r["forwards"] <= 8 and r["seconds"] > 0 for rows in results for r in rows)
+
+
+def test_quiet_prints_the_answer_alone(text_ckpt, capsys):
+    """With --quiet the output is what `generate` gives, decoded up to EOS."""
+    backbone, tokenizer = load(text_ckpt, "cpu")
+    result = generate(backbone, torch.tensor([tokenizer.encode("hi")]), gen_length=8,
+                      block_length=4, steps=4, stop_at_eos=True)
+    out = run(capsys, text_ckpt, "--prompt", "hi", "--quiet", "--gen-length", "8", "--steps", "4",
+              "--block-length", "4")
+    assert out == tokenizer.decode(before_eos(result.ids[0, 2:]), skip_special=True) + "\n"
+
+
+def test_seed_is_reproducible_from_the_command_line(text_ckpt, capsys):
+    """--seed is all that makes two drawn answers differ."""
+    argv = ["--prompt", "hi", "--quiet", "--gen-length", "16", "--temperature", "1"]
+    first, again, other = (run(capsys, text_ckpt, *argv, "--seed", s) for s in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_the_checkpoints_own_length_is_the_default(text_ckpt, tmp_path, capsys):
+    """max_new_tokens of generation_config.json, where there is one."""
+    folder = shutil.copytree(text_ckpt, tmp_path / "ckpt")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 12}')
+    out = run(capsys, folder, "--prompt", "hi", "--no-early-stop", "--steps", "6")
+    assert " 6 forwards " in out.splitlines()[-1]
+    assert sum(1 for line in out.splitlines() if line.startswith("   ")) == 6
+
+
+def test_a_held_out_task_is_the_default_prompt(text_ckpt, capsys):
+    """Without a prompt a task is shown, solved and judged; --seed picks another one."""
+    tasks = [run(capsys, text_ckpt, "--task", "sums", "--gen-length", "4", "--seed", seed)
+             for seed in ("0", "0", "1")]
+    assert all(t.startswith("sums\n") and t.splitlines()[-1] in ("right", "wrong") for t in tasks)
+    assert tasks[0].splitlines()[1] == tasks[1].splitlines()[1] != tasks[2].splitlines()[1]
+
+
+def test_a_prompt_becomes_a_chat_where_there_is_a_format():
+    """A user's message with a chat format; the text as it is with --raw, or without a format."""
+    plain, chat = (Tokenizer(byte_tokenizer(s)) for s in ({}, {"<|im_start|>": 500}))
+    message = [{"role": "user", "content": "hi"}]
+    assert sample.encode(chat, "hi", raw=False) == chat.chat(message)
+    assert sample.encode(chat, message, raw=True) == chat.chat(message)
+    assert sample.encode(chat, "hi", raw=True) == chat.encode("hi")
+    assert sample.encode(plain, "hi", raw=False) == plain.encode("hi")
