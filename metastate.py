@@ -14,17 +14,14 @@ nothing published says how.
 """
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from model import InputError, write_atomic
+from model import InputError, read_tensors, save_tensors
 
 
 class TimeConditioner(nn.Module):
@@ -194,9 +191,13 @@ class MetaState(nn.Module):
         parameters); for small backbones 24 slots of half its width, at least 32."""
         c = backbone.config
         large = c.dim >= 2048
-        return cls(c.dim, slots or (64 if large else 24),
-                   width or (1024 if large else max(32, c.dim // 2)),
-                   heads=8 if large else 4, fingerprint=backbone.fingerprint(), **options)
+        slots = (64 if large else 24) if slots is None else slots
+        width = (1024 if large else max(32, c.dim // 2)) if width is None else width
+        heads = 8 if large else 4
+        if slots < 1 or width < heads or width % heads:
+            raise InputError(f"--slots {slots} and --width {width}: there has to be a slot, and "
+                             f"{heads} heads have to divide the width")
+        return cls(c.dim, slots, width, heads, fingerprint=backbone.fingerprint(), **options)
 
     def initial(self, batch: int) -> torch.Tensor:
         """The state before the first step: (B, M, D) float32."""
@@ -232,21 +233,17 @@ class MetaState(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights, sizes and the backbone's fingerprint as one safetensors file."""
-        tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        metadata = {"sizes": json.dumps(self.sizes), "backbone": self.fingerprint}
-        write_atomic(path, lambda p: save_file(tensors, p, metadata))
+        save_tensors(path, self.state_dict(), {"sizes": self.sizes, "backbone": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path, backbone) -> MetaState:
         """A frozen memory in eval mode on the backbone's device. Raises `InputError` when the file
         is missing or broken, or belongs to another backbone."""
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
-            memory = cls(**json.loads(metadata["sizes"]), fingerprint=metadata["backbone"])
+            tensors, metadata = read_tensors(path)
+            memory = cls(**metadata["sizes"], fingerprint=metadata["backbone"])
             memory.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is not a MetaState memory ({error})") from error
         if memory.fingerprint != backbone.fingerprint():
             raise InputError(f"{path} was trained for another backbone")

@@ -29,12 +29,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +47,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
     "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 # ------------------------------------------------------------------ errors and atomic files
@@ -110,6 +110,25 @@ def write_atomic(path: str | Path, write) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise InputError(f"cannot write {path}: {error}") from error
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write a safetensors file atomically. Equal content gives equal bytes: `metadata` is kept
+    under one key, because the library shuffles several."""
+    if len(metadata) > 1:
+        metadata = {"json": json.dumps(metadata)}
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    write_atomic(path, lambda p: p.write_bytes(safetensors.torch.save(tensors, metadata)))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, metadata) of a file that `save_tensors` wrote. Raises `InputError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["json"])
+            return {k: file.get_tensor(k) for k in file.keys()}, metadata
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error or 'not one of our files'}") from error
 
 
 def read_text(path: str | Path) -> str:
@@ -381,8 +400,8 @@ class Backbone(nn.Module):
         return self.logits(self.hidden(self.embed(ids), pad_mask))
 
     def fingerprint(self) -> str:
-        """A short hash of the config and of 64 weights spread over every parameter, the same for
-        any dtype and device: tells one backbone's memories from another's."""
+        """A short hash of the config and of 64 weights spread over every parameter, the same in
+        float32 and bfloat16 and on any device: tells one backbone's memories from another's."""
         digest = hashlib.sha256(repr(replace(self.config, dtype="")).encode())
         for p in self.parameters():
             pick = torch.linspace(0, p.numel() - 1, 64, dtype=torch.float64).long()
@@ -554,8 +573,8 @@ def save(backbone: Backbone, path: str | Path) -> None:
     tensors, state = {}, backbone.state_dict()
     for ours, parts in layout(backbone.config).items():
         pieces = state[ours].split([shape[0] for shape in parts.values()])
-        tensors.update((name, p.contiguous().cpu()) for name, p in zip(parts, pieces))
-    write_atomic(path, lambda p: save_file(tensors, p, {"format": "pt"}))
+        tensors.update(zip(parts, pieces))
+    save_tensors(path, tensors, {"format": "pt"})
 
 
 def find(ckpt: str | Path) -> Path:

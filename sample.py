@@ -53,6 +53,11 @@ class Step(NamedTuple):
     seconds: float         # since the start
 
 
+def _bfloat16_as(x: torch.Tensor):
+    """The memory's float32 weights multiply in bfloat16 where the backbone does."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16)
+
+
 def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
             memory: MetaState | None = None, state: torch.Tensor | None = None, span=None,
             pad_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -69,12 +74,14 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
         start, length = (torch.as_tensor(v, device=ids.device).view(-1, 1) for v in span)
         inside = (position >= start) & (position < start + length)    # (B, T)
         t = ((ids == c.mask_id) & inside).sum(1) / length[:, 0]       # (B,) share still masked
-        e = memory.inject(e, state, t, span)
+        with _bfloat16_as(e):
+            e = memory.inject(e, state, t, span)
     h = backbone.hidden(e, pad_mask)                                  # (B, T, d)
     where = (where - 1).clamp(min=0) if c.shift else where
     logits = backbone.logits(h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))).float()
     if memory is not None:
-        state = memory.update(state, h, t, span, pad_mask)
+        with _bfloat16_as(h):
+            state = memory.update(state, h, t, span, pad_mask)
     return logits, state
 
 
@@ -141,7 +148,8 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
             n = block_length - sum(schedule[:step]) if counted else int(masked.sum(1).max())
             if n == 0:
                 break
-            if counted and schedule[step] == 0 and memory is None:
+            idle = counted and schedule[step] == 0
+            if idle and memory is None:
                 continue
             # The n positions that can still be committed, in order; a row with fewer fills up.
             where = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n]  # (B, n)
@@ -151,9 +159,11 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
                 both = torch.cat([ids, ids.masked_fill(prompt_part, c.mask_id)])
                 keys = None if pad_mask is None else pad_mask.repeat(2, 1)
                 rows = rows.repeat(2, 1)
-            logits, state = denoise(backbone, both, rows, memory=memory, state=state,
-                                    span=(P, gen_length), pad_mask=keys)
+            logits, state = denoise(backbone, both, rows[:, :0] if idle else rows, memory=memory,
+                                    state=state, span=(P, gen_length), pad_mask=keys)
             forwards += 1
+            if idle:  # the memory went on, and no random number was drawn
+                continue
             if cfg_scale > 0:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)

@@ -27,13 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from metastate import MetaState
 from model import (DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, parse_json,
-                   read_lines, seed, write_atomic)
+                   read_lines, read_tensors, save_tensors, seed, write_atomic)
 from sample import denoise
 
 
@@ -109,15 +107,18 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def trapezoid(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, flat, then linear to 0 over the last fifth.
-    Until that fifth begins a run does not depend on `steps`: it can be made longer or shorter."""
-    return min((step + 1) / warmup, 1.0, (steps - step) / (0.2 * steps))
+    """Share of the peak learning rate: linear warm-up, flat, then linear to 0 over the last tenth.
+    Until that tenth begins a run does not depend on `steps`: it can be made longer or shorter."""
+    return min((step + 1) / warmup, 1.0, (steps - step) / (0.1 * steps))
 
 
 def processes() -> tuple[int, int]:
     """(rank, number) of the processes that train together; joins those that torchrun started."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -154,18 +155,22 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps, warmup)
-        figures: dict[str, float] = {"loss": 0.0}
+        records: list[dict[str, float]] = []
         for micro in range(rank, micros, world):
-            loss, more = loss_fn(step, micro)
+            loss, figures = loss_fn(step, micro)
             (loss / micros).backward()
-            figures.update(more)
-            figures["loss"] += loss.item() / micros
+            records.append({"loss": loss.item(), **figures})
+        for p in parameters.values():  # what a variant does not use: the same state for all
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world > 1:
-            figures = _combine(figures, parameters)
-        if not math.isfinite(figures["loss"]):
-            raise InputError(f"the loss is {figures['loss']} at step {step + 1}; training stops, "
-                             f"and {out} keeps the last good checkpoint")
+            records = _combine(records, parameters)
+        figures = {key: float(np.mean([r[key] for r in records if key in r]))
+                   for key in dict.fromkeys(k for r in records for k in r)}
         figures["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters.values(), clip))
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(figures[name]):
+                raise InputError(f"{name} is {figures[name]} at step {step + 1}; training stops, "
+                                 f"and {out} keeps the last good checkpoint")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last = step + 1 == steps
@@ -183,16 +188,15 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
                 _save(state, parameters, optimizer, step + 1, settings)
 
 
-def _combine(figures: dict[str, float], parameters: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Add up the gradients of all processes in place, and merge their figures."""
+def _combine(records: list[dict], parameters: dict[str, nn.Parameter]) -> list[dict]:
+    """Add up the gradients of all processes in place, and join their figures."""
     flat = torch.cat([p.grad.flatten() for p in parameters.values()])
     dist.all_reduce(flat)
     for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()])):
         p.grad.copy_(g.view_as(p))
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, figures)
-    merged = {k: v for part in everyone for k, v in part.items()}
-    return {**merged, "loss": sum(part["loss"] for part in everyone)}
+    dist.all_gather_object(everyone, records)
+    return [record for part in everyone for record in part]
 
 
 def _line(step, steps, figures, seconds) -> str:
@@ -202,33 +206,33 @@ def _line(step, steps, figures, seconds) -> str:
 
 def _save(path, parameters, optimizer, step, settings) -> None:
     """Weights, both moments of AdamW and its step counters, as one safetensors file."""
-    tensors = {f"weight.{name}": p.detach() for name, p in parameters.items()}
+    tensors = {f"weight.{name}": p for name, p in parameters.items()}
     for name, p in parameters.items():
-        for key, value in optimizer.state[p].items():
-            tensors[f"{key}.{name}"] = value
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    metadata = {"step": str(step), "settings": json.dumps(settings)}
-    write_atomic(path, lambda p: save_file(tensors, p, metadata))
+        tensors.update((f"{key}.{name}", value) for key, value in optimizer.state[p].items())
+    save_tensors(path, tensors, {"step": step, "settings": settings})
 
 
 def _resume(path, parameters, optimizer, settings) -> int:
     """Fill weights and optimizer from a state file and return its step, or 0 if there is none."""
     if not path.is_file():
         return 0
-    with safe_open(path, framework="pt") as file:
-        stored = json.loads(file.metadata()["settings"])
+    tensors, metadata = read_tensors(path)
+    try:
+        stored = metadata["settings"]
         if stored != settings:
             changed = sorted(k for k in {*stored, *settings} if stored.get(k) != settings.get(k))
             raise InputError(f"{path.parent} holds a run with other settings "
                              f"({', '.join(changed)}): pass another --out, or delete it")
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(file.get_tensor(f"weight.{name}"))
-                state = {key: file.get_tensor(f"{key}.{name}").clone()
-                         for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device)
-                                      for k, v in state.items()}
-        return int(file.metadata()["step"])
+                p.copy_(tensors[f"weight.{name}"])
+                optimizer.state[p] = {
+                    "step": tensors[f"step.{name}"].clone(),
+                    **{k: tensors[f"{k}.{name}"].to(p.device, copy=True)
+                       for k in ("exp_avg", "exp_avg_sq")}}
+        return metadata["step"]
+    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is not the state of such a run ({error})") from error
 
 
 def _keep_lines_up_to(metrics: Path, step: int) -> None:
@@ -245,10 +249,16 @@ def _keep_lines_up_to(metrics: Path, step: int) -> None:
 
 
 # ------------------------------------------------------------------ data
+def knows_tasks(tokenizer: Tokenizer) -> bool:
+    """True for the tiny model and its like: the tasks' names are tokens of their own."""
+    from tiny import TASKS  # here, because tiny trains with this file's loop
+    return all(len(tokenizer.encode(name)) == 1 for name in TASKS)
+
+
 def task_batches(tokenizer: Tokenizer, eos_id: int, size: int, seed: int):
     """batch(step, micro, held_out) -> (ids, answer_mask, None) of the tiny model's own tasks, one
     task per micro-batch in turn."""
-    from tiny import TASKS, batch  # here, because tiny trains with this file's loop
+    from tiny import TASKS, batch
     names = list(TASKS)
 
     def draw(step: int, micro: int, held_out: bool = False):
@@ -312,7 +322,7 @@ def file_batches(examples, pad_id: int, size: int, micros: int, seed: int):
         return train[orders[epoch][offset]]
 
     def draw(step: int, micro: int, held_out: bool = False):
-        first = (step * micros + micro) * size
+        first = micro * size if held_out else (step * micros + micro) * size
         rows = [held[(first + i) % len(held)] if held_out else pick(first + i) for i in range(size)]
         width = max(len(p) + len(a) for p, a in rows)
         ids = torch.full((size, width), pad_id)
@@ -367,7 +377,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--lam", type=float, default=0.5, help="dense against reveal loss")
     loss.add_argument("--concentration", type=float, default=1.0, help="of the Dirichlet")
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
-    loss.add_argument("--cut", action="store_true", help="ablation: no gradient through the state")
+    loss.add_argument("--cut", action="store_true", help="ablation: the state is detached at every "
+                      "step, so Mixer and Updater stay as initialised")
     fit_ = p.add_argument_group("optimisation")
     fit_.add_argument("--steps", type=int, default=2000, help="updates")
     fit_.add_argument("--batch-size", type=int, default=16, help="examples per micro-batch")
@@ -385,6 +396,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and has to be "
                              "1 or more")
+    if not 0 < args.lr < math.inf or args.warmup < 0:
+        raise InputError("--lr has to be above 0 and --warmup 0 or more")
     if not 0 <= args.lam <= 1 or not 0 < args.concentration < math.inf:
         raise InputError("--lam has to lie in [0, 1] and --concentration above 0")
     return args
@@ -393,7 +406,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    rank, _ = processes()
+    rank, world = processes()
     device = args.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -405,9 +418,13 @@ def main(argv: list[str] | None = None) -> int:
     memory = MetaState.for_backbone(
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
         generator=torch.Generator().manual_seed(args.seed)).to(device)
-    if args.data is None and args.ckpt == "tiny":
+    if args.data is None and knows_tasks(tokenizer):
         draw = task_batches(tokenizer, c.eos_id, args.batch_size, args.seed)
     else:
+        if args.data is None and rank == 0:
+            tulu(args.seed)
+        if world > 1:
+            dist.barrier()  # one process prepares the file, all read it
         examples = read_examples(args.data or tulu(args.seed), tokenizer, c.eos_id,
                                  min(args.max_length, c.max_len))
         draw = file_batches(examples, c.pad_id, args.batch_size, args.micros, args.seed)
@@ -427,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        losses = [loss_of(-1 - i, i, True)[0].item() for i in range(4)]
+        losses = [loss_of(-1, i, True)[0].item() for i in range(4)]
         return {"held_out": sum(losses) / len(losses)}
 
     chosen = {k: v for k, v in vars(args).items()

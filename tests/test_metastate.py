@@ -217,7 +217,7 @@ def test_slots_are_spread_evenly_over_the_response(start, length, slots):
     assert distance.shape == (1, 40, slots)
     per_slot = length / slots
     for slot in range(slots):
-        centre = start - 0.5 + per_slot * slot + per_slot / 2  # position i covers i - 0.5 .. i + 0.5
+        centre = start - 0.5 + per_slot * (slot + 0.5)  # position i covers i - 0.5 to i + 0.5
         for position in range(40):
             expected = abs(position - centre) / per_slot
             assert float(distance[0, position, slot]) == pytest.approx(expected, abs=1e-4)
@@ -228,13 +228,12 @@ def test_spans_may_differ_by_row(backbone):
     memory, e = awake(backbone), noise(2, 30, D)
     s = noise(2, memory.sizes["slots"], memory.sizes["width"], seed=1)
     starts, lengths, t = torch.tensor([4, 20]), torch.tensor([12, 9]), clock(0.3, 0.8)
-    together = (memory.inject(e, s, t, (starts, lengths)), memory.update(s, e, t, (starts, lengths)))
+    spans = (starts, lengths)
+    written, updated = memory.inject(e, s, t, spans), memory.update(s, e, t, spans)
     for i in range(2):
         row, span = slice(i, i + 1), (int(starts[i]), int(lengths[i]))
-        assert torch.allclose(together[0][row], memory.inject(e[row], s[row], t[row], span),
-                              atol=1e-5)
-        assert torch.allclose(together[1][row], memory.update(s[row], e[row], t[row], span),
-                              atol=1e-5)
+        assert torch.allclose(written[row], memory.inject(e[row], s[row], t[row], span), atol=1e-5)
+        assert torch.allclose(updated[row], memory.update(s[row], e[row], t[row], span), atol=1e-5)
 
 
 def steep(backbone: Backbone, slots: int) -> MetaState:
@@ -268,6 +267,23 @@ def test_heads_begin_local_and_global(backbone):
     memory = MetaState.for_backbone(backbone)
     for attention in (memory.mixer.attention, memory.injector.attention):
         assert sorted(attention.slopes.tolist()) == [0.0, 0.0, 1.0, 4.0]
+
+
+def test_identities_make_slots_differ(backbone):
+    """Without the local bias only its identity tells a slot from another: slots of equal state read
+    alike without identities, and not with them; which slot holds what matters to the Injector in
+    the same way."""
+    memory, h, t = awake(backbone, local=False), noise(1, 20, D), clock(0.5)
+    alike = noise(1, 1, memory.sizes["width"]).repeat(1, memory.sizes["slots"], 1)
+    mixed = noise(1, memory.sizes["slots"], memory.sizes["width"], seed=1)
+    for identity in (memory.identity.detach().clone(), torch.zeros_like(memory.identity)):
+        with torch.no_grad():
+            memory.identity.copy_(identity)
+        told_apart = bool(identity.any())
+        updated = memory.update(alike, h, t, SPAN)
+        assert told_apart == bool((updated - updated[:, :1]).abs().max() > 1e-3)
+        turned = memory.inject(h, mixed, t, SPAN) - memory.inject(h, mixed.flip(1), t, SPAN)
+        assert told_apart == bool(turned.abs().max() > 1e-3)
 
 
 # ------------------------------------------------------------------ switches
@@ -529,6 +545,13 @@ def test_a_file_that_is_cut_short(backbone, tmp_path, keep):
 def rewritten(path: Path, memory: MetaState, metadata: dict | None, **changes) -> Path:
     """The memory's file with other metadata, and with tensors replaced or (None) left out."""
     tensors = {k: v for k, v in (memory.state_dict() | changes).items() if v is not None}
+    def value(text: str):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    if metadata is not None:  # as save_tensors keeps it
+        metadata = {"json": json.dumps({k: value(v) for k, v in metadata.items()})}
     save_file(tensors, path, metadata)
     return path
 

@@ -271,7 +271,7 @@ def test_dtype_is_as_stored_unless_asked_for(tmp_path, family, monkeypatch):
     folder = checkpoint(tmp_path, family, lambda tensors: tensors.update(
         {name: tensor.bfloat16() for name, tensor in tensors.items()}), torch_dtype="float32")
     for wanted, got in [(None, torch.bfloat16), ("float32", torch.float32),
-                        (torch.float32, torch.float32), ("float16", torch.float16)]:
+                        (torch.float32, torch.float32), ("bfloat16", torch.bfloat16)]:
         backbone, _ = load(folder, dtype=wanted)
         assert {p.dtype for p in backbone.parameters()} == {got}
     assert {p.dtype for p in load(DATA / family)[0].parameters()} == {torch.float32}
