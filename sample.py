@@ -1,7 +1,7 @@
 """Write text with a masked diffusion language model, and watch it denoise.
 
     python sample.py                                   # the embedded tiny model solves a sudoku
-    python sample.py --task chain --steps 6            # another task, in a quarter of the steps
+    python sample.py --steps 6 --seed 7                # another one, in a quarter of the steps
     python sample.py --ckpt llada-8b --prompt "Why is the sky blue?"
     python sample.py --ckpt dream-7b --order entropy --temperature 0.1 --prompt "Name three moons."
     python sample.py --ckpt llada-8b --prompts questions.txt > answers.jsonl
