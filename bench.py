@@ -15,8 +15,6 @@ import math
 import random
 import sys
 
-import torch
-
 from model import DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, seed
 from sample import answer_text, generate, left_pad
 from tiny import GEN_LENGTH, TASKS, Task, draw
@@ -95,6 +93,7 @@ def _budgets(text: str) -> list[int]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    """Make the table that the command line asks for; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="accuracy")
     p = commands.add_parser("accuracy", help="tasks x step budgets")

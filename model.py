@@ -132,6 +132,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, or an `InputError` that names it."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

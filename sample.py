@@ -20,7 +20,6 @@ import sys
 import time
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable, NamedTuple, TextIO
 
 import torch
@@ -430,6 +429,7 @@ def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, config: Config) -> str:
 
 # ------------------------------------------------------------------ command line
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; raises `InputError` for values that make no sense."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to answer (by default a held-out sudoku for the tiny model)")
     what.add_argument("--prompt", help="a text; a user's message where the model has a chat format")
@@ -523,6 +523,7 @@ def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, 
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    """Answer what the command line asks; returns the exit code."""
     args = parse(argv)
     if args.ckpt.startswith("random:"):
         raise InputError(f"{args.ckpt} has no tokenizer: it is for bench.py")

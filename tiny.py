@@ -329,6 +329,7 @@ def show(args: argparse.Namespace) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    """Pretrain or show, as the command line says; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="pretrain | show")
     p = commands.add_parser("pretrain", help="train the tiny model")

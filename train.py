@@ -40,7 +40,8 @@ def reveal_steps(answer_mask: torch.Tensor, K: int, concentration: float,
                  generator: torch.Generator) -> torch.Tensor:
     """(B, T) -> (B, T): the step 0 .. K-1 in which each answer token is revealed, -1 elsewhere.
     The order is random, the counts are Dirichlet-multinomial: the K steps partition the whole
-    trajectory from fully masked to fully revealed, some steps may reveal nothing.  # paper's"""
+    trajectory from fully masked to fully revealed (arXiv 2609.37974, App. F.6); a step may reveal
+    nothing. That the ground truth is what gets revealed is our choice, as that text implies."""
     noise = torch.rand(answer_mask.shape, generator=generator).to(answer_mask.device)
     rank = noise.masked_fill(~answer_mask, 2.0).argsort(1).argsort(1)            # (B, T)
     rng = np.random.default_rng(int(torch.randint(2 ** 62, (), generator=generator)))
@@ -360,6 +361,7 @@ def tulu(seed: int, number: int = 50_000) -> Path:
 
 # ------------------------------------------------------------------ command line
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; raises `InputError` for values that make no sense."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny", help="frozen backbone: nickname, folder or hub id")
     p.add_argument("--out", default="out/metastate", help="folder of the run; resumes if killed")
@@ -405,6 +407,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    """Train, resume or finish the run in --out; returns the exit code."""
     args = parse(argv)
     rank, world = processes()
     device = args.device
