@@ -1,11 +1,15 @@
-"""What decoding with fewer steps costs.
+"""What decoding with fewer steps costs, and how fast a step is.
 
     python bench.py accuracy                       # tasks x step budgets, checkpoints/tiny
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
+    python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
 
-Accuracy is the share of held-out prompts whose answer is right by the task's own rules, with a 95%
-Wilson interval. Budget b is one step per b tokens: 1 is one token per step, 8 an eighth as many
-steps. Every table is made by the command printed beneath it.
+Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
+one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories the table
+has the frozen backbone beside MetaState and its controls, reset and shuffled.
+
+Speed is said as a share of what the machine does in a matrix product and a copy, measured in the
+same run.
 """
 from __future__ import annotations
 
@@ -13,81 +17,362 @@ import argparse
 import json
 import math
 import random
+import statistics
 import sys
+import time
+from typing import Callable
 
-from model import DTYPES, Backbone, InputError, Parser, Tokenizer, command, load, seed
-from sample import answer_text, generate, left_pad
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from metastate import MetaState
+from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command, find,
+                   load, seed)
+from sample import answer_text, denoise, generate, left_pad
 from tiny import GEN_LENGTH, TASKS, Task, draw
+from train import unrolled_loss
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson's score interval)."""
-    p, z2 = right / n, z * z
-    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+# ------------------------------------------------------------------ accuracy
+class Reset:
+    """A memory that is set back to its start after every step: an adapter without memory."""
+
+    def __init__(self, memory: MetaState):
+        self.memory, self.initial, self.inject = memory, memory.initial, memory.inject
+
+    def update(self, s: torch.Tensor, *_) -> torch.Tensor:
+        """The state that every step begins with."""
+        return self.initial(len(s))
+
+
+class Shuffled(Reset):
+    """A memory whose states move to the next row of the batch after every step."""
+
+    def update(self, s: torch.Tensor, *seen) -> torch.Tensor:
+        """The row before's state, after what this step showed to it."""
+        return self.memory.update(s, *seen).roll(1, 0)
 
 
 def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[str],
-          batch_size: int = 250, **options) -> tuple[list[bool], float]:
-    """Decode prompts and judge them: (right or wrong for each, mean forwards per batch). Options
-    are `generate`'s."""
+          batch_size: int = 250, **options) -> tuple[list[bool], list[int]]:
+    """Decode prompts and judge them: whether each is right, and the forwards each took until its
+    last token stood. Options are `generate`'s."""
     device, c = backbone.embedding.weight.device, backbone.config
-    verdicts, forwards = [], []
-    for i in range(0, len(prompts), batch_size):
-        part = prompts[i:i + batch_size]
+    verdicts, forwards, batches = [], [], math.ceil(len(prompts) / batch_size)
+    for i in range(batches):  # of equal size, give or take one
+        part = prompts[i * len(prompts) // batches:(i + 1) * len(prompts) // batches]
         ids, pad = left_pad([tokenizer.encode(p) for p in part], c.pad_id, device)
-        sample = generate(backbone, ids, pad_mask=pad, gen_length=GEN_LENGTH,
-                          block_length=GEN_LENGTH, **options)
-        forwards.append(sample.forwards)
+        needed = torch.zeros(len(part), dtype=torch.long, device=device)
+        sample = generate(
+            backbone, ids, pad_mask=pad, gen_length=GEN_LENGTH, block_length=GEN_LENGTH,
+            on_step=lambda s: needed.masked_fill_(s.fresh.any(1), s.forwards), **options)
         verdicts += [task.check(prompt, answer_text(row, tokenizer, c))
                      for prompt, row in zip(part, sample.ids[:, ids.shape[1]:])]
-    return verdicts, sum(forwards) / len(forwards)
+        forwards += needed.tolist()
+    return verdicts, forwards
+
+
+class Accuracies:
+    """right[variant] (training seeds, tasks, settings, prompts) of 0 and 1, with means over
+    training seeds and prompts, and 95% intervals by bootstrap over both: a draw picks training
+    seeds and each task's prompts with replacement, the same for every variant (the frozen backbone
+    has one seed). Three seeds are few, so the intervals are rough."""
+
+    def __init__(self, right: dict[str, np.ndarray], draws: int = 2000):
+        self.right, rng = right, np.random.default_rng(0)
+        self.means = {v: r.mean((0, 3)) for v, r in right.items()}            # (tasks, settings)
+        self.draws = {v: [] for v in right}
+        for _ in range(draws):
+            picks: dict[tuple, np.ndarray] = {}
+            for v, r in right.items():
+                seeds, tasks, _, prompts = r.shape
+                for n, rows in ((seeds, 1), (prompts, tasks)):
+                    if (n, rows) not in picks:
+                        picks[n, rows] = rng.multinomial(n, [1 / n] * n, rows) / n   # (rows, n)
+                self.draws[v].append(np.einsum("s,tp,stqp->tq", picks[seeds, 1][0],
+                                               picks[prompts, tasks], r, optimize=True))
+        self.draws = {v: np.stack(d) for v, d in self.draws.items()}  # (draws, tasks, settings)
+
+    def __call__(self, tasks, settings, variant: str, minus: str | None = None):
+        """(mean, low, high) in percent over the chosen task and setting indices, of a variant or of
+        its lead over another."""
+        def over(means):
+            value = means[variant] - (means[minus] if minus else 0)
+            return 100 * value[..., tasks, :][..., settings].mean((-1, -2))
+        low, high = np.percentile(over(self.draws), [2.5, 97.5])
+        return float(over(self.means)), float(low), float(high)
 
 
 def accuracy(args: argparse.Namespace) -> None:
-    """The table task x budget."""
+    """The tables task x setting, for the frozen backbone and each variant of the memory."""
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     if tokenizer is None:
         raise InputError(f"{args.ckpt} has no tokenizer, so no task can be asked")
-    rows = []
+    trained = []
+    for given, pattern in ((args.memory, "metastate*"), (args.reset, "reset*")):
+        if given is None:
+            folder = find(args.ckpt) if args.ckpt == "tiny" else None
+            given = sorted(folder.glob(pattern + ".safetensors")) if folder else []
+        trained.append([MetaState.load(path, backbone) for path in given])
+    full, reset = trained
+    variants = {"frozen": [None], "MetaState": full, "shuffled": [Shuffled(m) for m in full],
+                "reset": [Reset(m) for m in reset]}
+    variants = {name: memories for name, memories in variants.items() if memories}
+    settings = {f"{GEN_LENGTH // b} steps": {"steps": GEN_LENGTH // b} for b in args.budgets}
+    settings |= {f"threshold {x}": {"steps": GEN_LENGTH, "threshold": x} for x in args.thresholds}
+    shape = (len(args.tasks), len(settings), args.prompts)
+    right = {v: np.zeros((len(m), *shape)) for v, m in variants.items()}
+    forwards = {v: np.zeros_like(r) for v, r in right.items()}
+    work = [(i, j, name, k) for i in range(len(args.tasks)) for j in range(len(settings))
+            for name in variants for k in range(len(variants[name]))]
+    prompts = []
     for name in args.tasks:
         rng = random.Random(f"{args.seed} {name}")
-        prompts = [draw(TASKS[name], rng, held_out=True)[0] for _ in range(args.prompts)]
-        for budget in args.budgets:
-            verdicts, forwards = solve(backbone, tokenizer, TASKS[name], prompts,
-                                       steps=GEN_LENGTH // budget)
-            low, high = wilson(sum(verdicts), len(verdicts))
-            rows.append({"task": name, "budget": budget, "steps": GEN_LENGTH // budget,
-                         "forwards": forwards, "right": sum(verdicts), "prompts": len(verdicts),
-                         "accuracy": sum(verdicts) / len(verdicts), "low": low, "high": high})
-    steps = [GEN_LENGTH // b for b in args.budgets]
-    print("| task | " + " | ".join(f"{s} steps" for s in steps) + " |")
-    print("|---" * (len(steps) + 1) + "|")
-    for name in [*args.tasks, "mean"]:
-        cells = []
-        for budget in args.budgets:
-            found = [r for r in rows if r["budget"] == budget and name in (r["task"], "mean")]
-            mean = sum(r["accuracy"] for r in found) / len(found)
-            cells.append(f"{100 * mean:.1f}" if name == "mean" else
-                         f"{100 * mean:.1f} ({100 * found[0]['low']:.0f}-"
-                         f"{100 * found[0]['high']:.0f})")
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print(f"\n{args.prompts} held-out prompts a task, seed {args.seed}; % right (95% interval)")
+        prompts.append([draw(TASKS[name], rng, held_out=True)[0] for _ in range(args.prompts)])
+    for i, j, name, k in tqdm(work, disable=None):
+        right[name][k, i, j], forwards[name][k, i, j] = solve(
+            backbone, tokenizer, TASKS[args.tasks[i]], prompts[i], memory=variants[name][k],
+            **list(settings.values())[j])
+
+    measured, every = Accuracies(right), list(range(len(args.tasks)))
+    print("| task | variant | " + " | ".join(settings) + " |")
+    print("|---" * (len(settings) + 2) + "|")
+    rows = []
+    for task, chosen in [*((name, [i]) for i, name in enumerate(args.tasks)), ("mean", every)]:
+        for v in variants:
+            row = [dict(zip(("accuracy", "low", "high"), measured(chosen, [j], v)))
+                   for j in range(len(settings))]
+            for j, cell in enumerate(row):
+                cell.update(task=task, variant=v, setting=list(settings)[j], forwards=float(
+                    forwards[v][:, chosen, j].mean()), seeds=[
+                        float(100 * share) for share in right[v][:, chosen, j].mean((1, 2))])
+            rows += row
+            print(f"| {task} | {v} | " + " | ".join(
+                f"{c['accuracy']:.1f} ({c['low']:.0f}-{c['high']:.0f})" + (
+                    f" in {c['forwards']:.1f}" if c["setting"].startswith("thr") else "")
+                for c in row) + " |")
+    print(f"\n{args.prompts} held-out prompts a task, seed {args.seed}; % right (95% interval over "
+          "training seeds and prompts; for thresholds the mean forwards); memories: "
+          f"{len(full)} trained, {len(reset)} trained with reset")
+
+    leads, reduced = [], [j for j, b in enumerate(args.budgets) if b > 1]
+    for minus in variants if full and reduced else []:
+        if minus != "MetaState":
+            points, low, high = measured(every, reduced, "MetaState", minus)
+            leads.append({"minus": minus, "points": points, "low": low, "high": high})
+            print(f"MetaState - {minus}, mean of tasks and reduced budgets: {points:+.1f} points "
+                  f"({low:+.1f} to {high:+.1f})")
+    needed = None
+    if full and 1 in args.budgets:
+        one = args.budgets.index(1)
+        target = measured.means["frozen"][:, one].mean()
+        enough = [forwards["MetaState"][:, :, j].mean() for j in range(len(settings))
+                  if measured.means["MetaState"][:, j].mean() >= target]
+        needed = min(enough) / forwards["frozen"][:, :, one].mean() if enough else None
+        print("forwards for the frozen accuracy at one token per step: " + (
+            "not reached" if needed is None else f"{needed:.2f} x as many"))
+    if args.plot:
+        plot(rows, args.plot)
     if args.json:
-        print(json.dumps({"ckpt": args.ckpt, "seed": args.seed, "rows": rows}))
+        print(json.dumps({"ckpt": args.ckpt, "seed": args.seed, "prompts": args.prompts,
+                          "rows": rows, "leads": leads, "forwards_share": needed}))
 
 
+def plot(rows: list[dict], path: str) -> None:
+    """Accuracy against forwards, mean over tasks, one line per variant."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="forwards", ylabel="accuracy, %")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        for kind, style in (("steps", "o-"), ("threshold", "x--")):
+            line = sorted((r for r in rows if r["variant"] == variant and r["task"] == "mean"
+                           and kind in r["setting"]), key=lambda r: r["forwards"])
+            y = [r["accuracy"] for r in line]
+            errors = [[abs(r[end] - r["accuracy"]) for r in line] for end in ("low", "high")]
+            if line:
+                axes.errorbar([r["forwards"] for r in line], y, yerr=errors, fmt=style,
+                              label=f"{variant}, by {kind}", capsize=2, alpha=0.8)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+# ------------------------------------------------------------------ speed
+class Clock:
+    """Medians of repeated runs on one device, in seconds."""
+
+    def __init__(self, device: torch.device, warmup: int, repeat: int):
+        self.device, self.warmup, self.repeat = device, warmup, repeat
+
+    def __call__(self, work: Callable[[], object]) -> dict[str, float]:
+        """{"seconds": median, "low": fastest, "high": slowest, "first": of the first run of all,
+        which compiles where something does}."""
+        times = []
+        for _ in range(1 + self.warmup + self.repeat):
+            self._wait()
+            started = time.perf_counter()
+            work()
+            self._wait()
+            times.append(time.perf_counter() - started)
+        kept = times[1 + self.warmup:]
+        return {"seconds": statistics.median(kept), "low": min(kept), "high": max(kept),
+                "first": times[0]}
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine can do, measured here: (FLOP/s of a square matrix product in dtype, bytes/s
+    of a copy, read and written bytes together)."""
+    big = clock.device.type == "cuda"
+    n = 8192 if big else 1536
+    a = torch.randn(n, n, device=clock.device, dtype=dtype)
+    product = 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
+    source = torch.empty(2 ** (30 if big else 27), dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
+
+
+def work_of(config: Config, computed: int, seen: int, head: int, element: int) -> tuple[int, int]:
+    """(FLOPs, bytes) of a forward for one sequence: `computed` positions attend to `seen`, and the
+    head runs at `head` of them. FLOPs are 2 per weight and position, and attention's two products;
+    bytes are the weights, read once, and the keys and values of what is seen and not computed."""
+    c = config
+    ends = c.vocab * c.dim
+    inner = c.parameters - ends * (1 if c.tied else 2)
+    flops = 2 * inner * computed + 2 * ends * head + 4 * c.layers * c.dim * computed * seen
+    cached = 2 * c.layers * c.kv_heads * c.head_dim * (seen - computed)
+    return flops, element * (inner + ends * (head > 0) + cached)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Forwards, block steps, whole generations and a training step, beside the machine's limits."""
+    backbone, _ = load(args.ckpt, args.device, args.dtype)
+    weight, c = backbone.embedding.weight, backbone.config
+    device, dtype = weight.device, weight.dtype
+    clock = Clock(device, args.warmup, args.repeat)
+    product, copy = limits(clock, dtype)
+    memory = MetaState.for_backbone(backbone).to(device)
+    generator, rows = torch.Generator().manual_seed(args.seed), []
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.ckpt}, {dtype}, {chip}, torch {torch.__version__}: a matrix product does "
+          f"{product / 1e12:.3g} TFLOP/s, a copy {copy / 1e9:.3g} GB/s; medians of {args.repeat} "
+          f"after {1 + args.warmup} to warm up, fastest and slowest in brackets\n")
+    print("| what | ms | tokens/s | forwards | TFLOP/s (share) | GB/s (share) | peak GB |")
+    print("|---" * 7 + "|")
+
+    def ids_of(length: int) -> torch.Tensor:
+        ids = torch.randint(c.vocab, (1, length), generator=generator)
+        return ids.where(ids != c.mask_id, ids - 1).to(device)
+
+    def measure(what: str, work: Callable, flops: int, moved: int, tokens=None, forwards=1):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        row = {"what": what, **clock(work), "flops": flops, "bytes": moved}
+        s = row["seconds"]
+        forwards = forwards() if callable(forwards) else forwards
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+        row.update(forwards=forwards, tokens=tokens, peak_gb=peak)
+        rates = []
+        for name, amount, unit, limit in (("flops", flops, 1e12, product),
+                                          ("bytes", moved, 1e9, copy)):
+            row[f"{name}_share"] = amount and amount / s / limit
+            rates.append(f"{amount / s / unit:.3g} ({100 * amount / s / limit:.0f}%)"
+                         if amount else "")
+        rows.append(row)
+        print(f"| {what} | {1e3 * s:.3g} ({1e3 * row['low']:.3g}-{1e3 * row['high']:.3g}) | "
+              f"{f'{tokens / s:.4g}' if tokens else ''} | {forwards} | {' | '.join(rates)} | "
+              f"{f'{peak:.1f}' if peak else ''} |", flush=True)
+        return row
+
+    @torch.no_grad()
+    def step(length: int, cache: Cache | None, state: torch.Tensor | None):
+        """One denoising step at the last 32 of `length` positions, or of the cache's."""
+        start = length - args.block
+        ids = inputs[length].clone()
+        ids[:, start:] = c.mask_id
+        where = torch.arange(start, length, device=device)[None]
+        denoise(backbone, ids, where, memory=None if state is None else memory, state=state,
+                span=(length // 2, length - length // 2), cache=cache,
+                first=0 if cache is None else start)
+
+    inputs = {length: ids_of(length) for length in args.lengths}
+    for length in args.lengths:
+        cache = Cache(backbone, 1, length)
+        for kind, kept, computed in (("full-sequence step", None, length),
+                                     ("dual-cache block step", cache, args.block)):
+            work = work_of(c, computed, length, args.block, weight.element_size())
+            plain, carried = (measure(f"{kind}, {length} tokens, memory {name}",
+                                      lambda: step(length, kept, state), *work)
+                              for name, state in (("off", None), ("on", memory.initial(1))))
+            print(f"| -> memory on / off | {carried['seconds'] / plain['seconds']:.3f} x |  |  |  |"
+                  "  |  |")
+
+    prompt = ids_of(args.prompt)
+    for cache in (None, "prefix", "dual"):
+        for threshold in (None, args.threshold):
+            for name, used in (("off", None), ("on", memory)):
+                count: list[int] = []
+                measure(f"generate {args.gen}, cache {cache}, threshold {threshold}, memory {name}",
+                        lambda: count.append(generate(
+                            backbone, prompt, memory=used, gen_length=args.gen, cache=cache,
+                            block_length=args.block, steps=args.gen, threshold=threshold,
+                            order="low_confidence").forwards),
+                        0, 0, args.gen, lambda: count[-1])
+
+    for checkpointing in (False, True) if args.train else ():
+        backbone.checkpointing = checkpointing
+        ids = ids_of(args.train)
+        answer = (torch.arange(args.train, device=device) >= args.train // 4)[None]
+
+        def update():
+            memory.zero_grad()
+            unrolled_loss(backbone, memory, ids, answer, 4).backward()
+
+        # forward 2 P, backward 2 P (activations only), once more forward with checkpointing
+        flops = 4 * work_of(c, args.train, args.train, 0, 1)[0] * (3 if checkpointing else 2)
+        measure(f"training step, K = 4, {args.train} tokens, checkpointing "
+                f"{'on' if checkpointing else 'off'}", update, flops, 0, 4 * args.train, 4)
+    if args.json:
+        print(json.dumps({"ckpt": args.ckpt, "device": chip, "dtype": str(dtype),
+                          "product_flops": product, "copy_bytes": copy, "rows": rows}))
+
+
+# ------------------------------------------------------------------ command line
 def _names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in TASKS:
-            raise InputError(f"unknown task {name!r}: one of {', '.join(TASKS)}")
+            raise argparse.ArgumentTypeError(f"unknown task {name!r}: one of {', '.join(TASKS)}")
     return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
+def _thresholds(text: str) -> list[float]:
+    try:
+        values = [float(t) for t in text.split(",")] if text else []
+    except ValueError:
+        values = [math.nan]
+    if not all(0 < v <= 1 for v in values):
+        raise argparse.ArgumentTypeError(f"thresholds {text!r}: numbers above 0 and up to 1")
+    return values
 
 
 def _budgets(text: str) -> list[int]:
     if not all(b.isdigit() and int(b) > 0 and GEN_LENGTH % int(b) == 0 for b in text.split(",")):
-        raise InputError(f"budgets {text!r}: whole numbers that divide {GEN_LENGTH}")
+        raise argparse.ArgumentTypeError(f"budgets {text!r}: whole numbers, divisors of "
+                                         f"{GEN_LENGTH}")
     return [int(b) for b in text.split(",")]
 
 
@@ -95,20 +380,40 @@ def _budgets(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Make the table that the command line asks for; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="accuracy")
+    commands = parser.add_subparsers(required=True, metavar="accuracy | speed")
     p = commands.add_parser("accuracy", help="tasks x step budgets")
     p.set_defaults(run=accuracy)
     p.add_argument("--ckpt", default="tiny", help="checkpoint that was trained on the tasks")
     p.add_argument("--tasks", type=_names, default=list(TASKS), help="comma-separated")
     p.add_argument("--budgets", type=_budgets, default=[1, 2, 4, 8], help="tokens per step")
-    p.add_argument("--prompts", type=int, default=500, help="held-out prompts a task")
-    p.add_argument("--seed", type=seed, default=0, help="picks the prompts")
-    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    p.add_argument("--device", help="default: cuda where there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else as stored")
+    p.add_argument("--thresholds", type=_thresholds, default=[], help="also confidence thresholds")
+    p.add_argument("--memory", nargs="*", metavar="FILE", help="memories, one per training seed "
+                   "(default for tiny: metastate*.safetensors in its folder)")
+    p.add_argument("--reset", nargs="*", metavar="FILE", help="memories of train.py --reset "
+                   "(default for tiny: reset*.safetensors in its folder)")
+    p.add_argument("--plot", metavar="FILE", help="accuracy against forwards (matplotlib)")
+    p.add_argument("--prompts", type=_count, default=500, help="held-out prompts a task")
+    q = commands.add_parser("speed", help="steps, generations and training against the limits")
+    q.set_defaults(run=speed)
+    q.add_argument("--ckpt", default="tiny", help="also random:llada-8b, random:dream-7b, or "
+                   "random:FOLDER with a config.json of any size")
+    q.add_argument("--lengths", type=lambda text: [_count(n) for n in text.split(",")],
+                   default=[128, 256], help="tokens of a sequence, comma-separated")
+    q.add_argument("--prompt", type=_count, default=128, help="tokens to generate from")
+    q.add_argument("--gen", type=_count, default=64, help="tokens to generate")
+    q.add_argument("--block", type=_count, default=32, help="tokens of a block")
+    q.add_argument("--threshold", type=float, default=0.9)
+    q.add_argument("--train", type=_count, help="also a training step with so many tokens")
+    q.add_argument("--warmup", type=_count, default=2, help="runs before those that count, after "
+                   "the very first")
+    q.add_argument("--repeat", type=_count, default=5, help="runs that count")
+    for each in (p, q):
+        each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
+        each.add_argument("--json", action="store_true", help="one JSON object as the last line")
+        each.add_argument("--device", help="default: cuda where there is one")
+        each.add_argument("--dtype", choices=DTYPES,
+                          help="default: bfloat16 on CUDA, else as stored")
     args = parser.parse_args(argv)
-    if args.prompts < 1:
-        raise InputError(f"--prompts is {args.prompts}, and has to be 1 or more")
     args.run(args)
     return 0
 

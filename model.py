@@ -344,19 +344,32 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.dim, 2 * c.mlp_dim, bias=False)
         self.down = nn.Linear(c.mlp_dim, c.dim, bias=False)
 
-    def attention(self, x, rope, keys_allowed):
+    def attention(self, x, rope, keys_allowed, kept):
         B, T, _ = x.shape
         nh, nkv, hd = self.c.heads, self.c.kv_heads, self.c.head_dim
         qkv = self.qkv(x).view(B, T, nh + 2 * nkv, hd)              # (B, T, nh + 2 nkv, hd)
         qk = rotate(qkv[:, :, :nh + nkv], *rope).transpose(1, 2)    # (B, nh + nkv, T, hd)
         q, k, v = qk[:, :nh], qk[:, nh:], qkv[:, :, nh + nkv:].transpose(1, 2)
+        if kept is not None:  # (B, nkv, S, hd) each: ours go to their rows, all are attended to
+            k, v = (old.index_copy_(2, kept[2], new) for old, new in zip(kept, (k, v)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_allowed, enable_gqa=nh != nkv)
         return self.out(y.transpose(1, 2).reshape(B, T, nh * hd))   # (B, T, d)
 
-    def forward(self, x, rope, keys_allowed):
-        x = x + self.attention(self.attn_norm(x), rope, keys_allowed)
+    def forward(self, x, rope, keys_allowed, kept=None):
+        x = x + self.attention(self.attn_norm(x), rope, keys_allowed, kept)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)      # (B, T, mlp_dim) each
         return x + self.down(F.silu(gate) * up)
+
+
+class Cache:
+    """Keys and values of every position of B sequences of length S: k, v (layers, B, kv_heads, S,
+    head_dim), written in place. Positions that are not computed anew are seen as they were when
+    they were last computed: an approximation, for attention looks both ways (Fast-dLLM)."""
+
+    def __init__(self, backbone: Backbone, batch: int, length: int):
+        c, like = backbone.config, backbone.embedding.weight
+        self.k, self.v = (like.new_zeros(c.layers, batch, c.kv_heads, length, c.head_dim)
+                          for _ in range(2))
 
 
 class Backbone(nn.Module):
@@ -379,17 +392,23 @@ class Backbone(nn.Module):
         """(B, T) ids -> (B, T, d)."""
         return self.embedding(ids)
 
-    def hidden(self, e: torch.Tensor, pad_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, e: torch.Tensor, pad_mask: torch.Tensor | None = None,
+               cache: Cache | None = None, start: int = 0) -> torch.Tensor:
         """(B, T, d) embeddings -> (B, T, d) after the last norm. pad_mask (B, T) is True where
         padded: those keys are hidden from every query. Positions stay 0..T-1 also with padding on
-        the left: RoPE sees differences only, so real rows come out as without the padding."""
-        rope = self._rope_for(e)
-        keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, T)
-        for block in self.blocks:
+        the left: RoPE sees differences only, so real rows come out as without the padding.
+
+        With a cache of length S, e holds the positions start .. start + T - 1 of S; their keys and
+        values replace the cache's, all S are attended to, and pad_mask is (B, S)."""
+        rope = self._rope_for(e, start)
+        keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, S)
+        rows = None if cache is None else torch.arange(start, start + e.shape[1], device=e.device)
+        for i, block in enumerate(self.blocks):
+            kept = None if cache is None else (cache.k[i], cache.v[i], rows)
             if self.checkpointing and torch.is_grad_enabled():
                 e = checkpoint(block, e, rope, keys_allowed, use_reentrant=False)
             else:
-                e = block(e, rope, keys_allowed)
+                e = block(e, rope, keys_allowed, kept)
         return self.norm(e)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -409,14 +428,15 @@ class Backbone(nn.Module):
             digest.update(p.detach().view(-1)[pick.to(p.device)].bfloat16().float().cpu().numpy())
         return digest.hexdigest()[:16]
 
-    def _rope_for(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        length, dtype = e.shape[1], torch.float32 if self.config.rope_float32 else e.dtype
+    def _rope_for(self, e: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        length = start + e.shape[1]
+        dtype = torch.float32 if self.config.rope_float32 else e.dtype
         kept = self._rope
         if kept is None or len(kept[0]) < length or kept[0].device != e.device \
                 or kept[0].dtype != dtype:
             rows = 1 << (length - 1).bit_length()                   # next power of two
             kept = self._rope = tuple(t.to(dtype) for t in rope_tables(self.config, rows, e.device))
-        return kept[0][:length], kept[1][:length]
+        return kept[0][start:length], kept[1][start:length]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Backbone:

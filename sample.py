@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple, TextIO
 
 import torch
 
-from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, find,
+from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command, find,
                    load, parse_json, read_json, read_lines, seed)
 from metastate import MetaState
 
@@ -59,28 +59,32 @@ def _bfloat16_as(x: torch.Tensor):
 
 def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
             memory: MetaState | None = None, state: torch.Tensor | None = None, span=None,
-            pad_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            pad_mask: torch.Tensor | None = None, cut: bool = False, cache: Cache | None = None,
+            first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One denoising step, the same for sampling and training: (logits, next state).
 
     ids (B, T), masked where nothing is revealed; where (B, n), the positions whose logits are
     wanted; state (B, M, D) and span (start, length) of the response, with a memory; pad_mask
-    (B, T). -> logits (B, n, V) float32, of the token at each position: Dream's logits for
-    position i are those of hidden state i - 1."""
+    (B, T); cut: the next state's gradient ends within this step. With a cache only the positions
+    first .. last - 1 are computed, and `where` lies among them. -> logits (B, n, V) float32, of the
+    token at each position: Dream's logits for position i are those of hidden state i - 1."""
     c = backbone.config
-    e = backbone.embed(ids)                                           # (B, T, d)
+    e = backbone.embed(ids[:, first:last])                            # (B, S, d)
     if memory is not None:
         position = torch.arange(ids.shape[1], device=ids.device)
         start, length = (torch.as_tensor(v, device=ids.device).view(-1, 1) for v in span)
         inside = (position >= start) & (position < start + length)    # (B, T)
         t = ((ids == c.mask_id) & inside).sum(1) / length[:, 0]       # (B,) share still masked
         with _bfloat16_as(e):
-            e = memory.inject(e, state, t, span)
-    h = backbone.hidden(e, pad_mask)                                  # (B, T, d)
-    where = (where - 1).clamp(min=0) if c.shift else where
+            e = memory.inject(e, state, t, (start[:, 0] - first, length[:, 0]))
+    h = backbone.hidden(e, pad_mask, cache, first)                    # (B, S, d)
+    where = (where - first - int(c.shift)).clamp(min=0)
     logits = backbone.logits(h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))).float()
     if memory is not None:
         with _bfloat16_as(h):
-            state = memory.update(state, h, t, span, pad_mask)
+            seen = (state.detach(), h.detach()) if cut else (state, h)
+            pads = None if pad_mask is None else pad_mask[:, first:last]
+            state = memory.update(*seen, t, (start[:, 0] - first, length[:, 0]), pads)
     return logits, state
 
 
@@ -89,7 +93,8 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
              pad_mask: torch.Tensor | None = None, gen_length: int = 128, block_length: int = 32,
              steps: int = 128, order: str | None = None, threshold: float | None = None,
              temperature: float = 0.0, top_p: float | None = None, top_k: int | None = None,
-             alg_temp: float = 0.0, cfg_scale: float = 0.0, stop_at_eos: bool = False,
+             alg_temp: float = 0.0, cfg_scale: float = 0.0, cache: str | None = None,
+             refresh: int | None = None, stop_at_eos: bool = False,
              generator: torch.Generator | None = None,
              on_step: Callable[[Step], None] | None = None) -> Sample:
     """Denoise `gen_length` masked positions behind `prompt`, block by block from left to right.
@@ -114,6 +119,12 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
         whose sampler inherits it from transformers' configuration class; 0 is no cut.
     alg_temp: positions are drawn from softmax(confidence / alg_temp) (Dream).
     cfg_scale: classifier-free guidance against the same sequence with the prompt masked.
+    cache: None, or Fast-dLLM's "prefix" or "dual": the first step of a block computes the whole
+        sequence, the others the block and what follows it (prefix) or the block alone (dual), with
+        the keys and values of the rest as they were. For Dream the block's first step commits its
+        first position only, whose logits come from the position before; no bound by `steps` then
+        applies to a threshold. A memory reads what is computed.
+    refresh: with a cache, the whole sequence again in every refresh-th step of a block.
     stop_at_eos: stop once everything before every row's first EOS is settled; EOS fills the rest.
     generator: the source of all randomness, on the backbone's device; a seed of 0 if None.
 
@@ -127,18 +138,23 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     if top_k is None and c.family == "dream":
         top_k = 50
     prompt, pad_mask = _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order,
-                              threshold, temperature, top_p, top_k, alg_temp, cfg_scale)
+                              threshold, temperature, top_p, top_k, alg_temp, cfg_scale, cache,
+                              refresh)
     (B, P), device = prompt.shape, prompt.device
     generator = generator or torch.Generator(device).manual_seed(0)
     started, forwards = time.perf_counter(), 0
     ids = torch.cat([prompt, prompt.new_full((B, gen_length), c.mask_id)], 1)     # (B, P + G)
     prompt_part = torch.arange(P + gen_length, device=device) < P     # what guidance masks
-    state = None if memory is None else memory.initial(2 * B if cfg_scale > 0 else B)
+    passes = 2 * B if cfg_scale > 0 else B
+    state = None if memory is None else memory.initial(passes)
+    kept = None if cache is None else Cache(backbone, passes, P + gen_length)
+    # Dream's first position of a block is the one thing that a slice of it cannot predict
+    alone = cache is not None and bool(c.shift) and refresh != 1
     if pad_mask is not None:
         pad_mask = torch.cat([pad_mask, pad_mask.new_zeros(B, gen_length)], 1)    # (B, P + G)
 
     steps = steps // (gen_length // block_length)                     # from here on: per block
-    schedule = _schedule(order, block_length, steps)
+    schedule = _schedule(order, block_length, steps, alone)
     counted = threshold is None and order != "origin"  # then the schedule alone tells what is left
     for start in range(P, P + gen_length, block_length):
         block = ids[:, start:start + block_length]                    # (B, L), a view
@@ -150,16 +166,22 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
             idle = counted and schedule[step] == 0
             if idle and memory is None:
                 continue
+            first, last = 0, None                                     # what this step computes
+            if cache is not None and step % (refresh or max(steps, block_length)):
+                first, last = start, start + block_length if cache == "dual" else None
             # The n positions that can still be committed, in order; a row with fewer fills up.
             where = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n]  # (B, n)
             open_ = masked.gather(1, where)                           # (B, n)
+            if alone and step == 0:
+                open_ = open_ & (where == 0)
             both, keys, rows = ids, pad_mask, start + where
             if cfg_scale > 0:  # the conditional and the unconditional pass, in one batch
                 both = torch.cat([ids, ids.masked_fill(prompt_part, c.mask_id)])
                 keys = None if pad_mask is None else pad_mask.repeat(2, 1)
                 rows = rows.repeat(2, 1)
             logits, state = denoise(backbone, both, rows[:, :0] if idle else rows, memory=memory,
-                                    state=state, span=(P, gen_length), pad_mask=keys)
+                                    state=state, span=(P, gen_length), pad_mask=keys, cache=kept,
+                                    first=first, last=last)
             forwards += 1
             if idle:  # the memory went on, and no random number was drawn
                 continue
@@ -173,7 +195,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
                 chance = schedule[step] if step < steps - 1 else 1.0
                 chosen = torch.rand(where.shape, device=device, generator=generator) < chance
             elif threshold is not None:
-                allowed = block_length if c.family == "llada" else \
+                allowed = block_length if c.family == "llada" or alone else \
                     math.ceil(block_length * (step + 1) / steps)
                 committed = block_length - masked.sum(1, keepdim=True)
                 chosen = _above(confidence, threshold, allowed - committed)
@@ -243,17 +265,20 @@ def _cut(logits: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.
     return logits
 
 
-def _schedule(order: str, n: int, steps: int, eps: float = 1e-3) -> list:
+def _schedule(order: str, n: int, steps: int, alone: bool = False, eps: float = 1e-3) -> list:
     """What each of a block's `steps` commits of its n positions: counts, or for "origin" the chance
-    of each position. LLaDA spreads evenly, the remainder first; Dream follows its time."""
+    of each position. LLaDA spreads evenly, the remainder first; Dream follows its time. alone: the
+    first step commits one position."""
     if order in LLADA_ORDERS:
+        if alone:
+            return [1] + _schedule(order, n - 1, steps - 1)
         return [n // steps + (step < n % steps) for step in range(steps)]
     times = torch.linspace(1, eps, steps + 1)
     chances = [1 - times[step + 1] / times[step] for step in range(steps)]
     if order == "origin":
-        return [float(chance) for chance in chances]
-    counts = []
-    for chance in chances[:-1]:  # float32 and truncated, as the published sampler computes it
+        return [1.0] * alone + [float(chance) for chance in chances[alone:]]
+    counts = [1] * alone
+    for chance in chances[alone:-1]:  # float32 and truncated, as the published sampler computes it
         counts.append(int((n - sum(counts)) * chance))
     return counts + [n - sum(counts)]
 
@@ -283,7 +308,7 @@ def _settled(answer: torch.Tensor, mask_id: int, eos_id: int) -> bool:
 
 
 def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, threshold,
-           temperature, top_p, top_k, alg_temp, cfg_scale):
+           temperature, top_p, top_k, alg_temp, cfg_scale, cache, refresh):
     """Refuse what cannot be generated, and drop a pad_mask that pads nothing."""
     c = backbone.config
     if prompt.dim() != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
@@ -306,6 +331,13 @@ def _check(backbone, prompt, pad_mask, gen_length, block_length, steps, order, t
     if prompt.shape[1] + gen_length > c.max_len:
         raise InputError(f"a prompt of {prompt.shape[1]} tokens and gen_length {gen_length} leave "
                          f"no room in the model's {c.max_len} positions")
+    if cache not in (None, "prefix", "dual"):
+        raise InputError(f"unknown cache {cache!r}: prefix or dual")
+    if refresh is not None and (cache is None or refresh < 1):
+        raise InputError(f"refresh is {refresh}: it needs a cache, and has to be 1 or more")
+    if cache is not None and c.shift and refresh != 1 and steps // blocks < 2 <= block_length:
+        raise InputError("with a cache Dream needs 2 steps a block or more: the first commits one "
+                         "position")
     if order not in LLADA_ORDERS + DREAM_ORDERS:
         known = ", ".join(LLADA_ORDERS + DREAM_ORDERS)
         raise InputError(f"unknown order {order!r}: one of {known}")
@@ -450,6 +482,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--steps", type=int, help="denoising steps (default: one token per step)")
     how.add_argument("--order", choices=LLADA_ORDERS + DREAM_ORDERS, help="default: the family's")
     how.add_argument("--threshold", type=float, help="commit all that is at least so probable")
+    how.add_argument("--cache", choices=("prefix", "dual"), help="Fast-dLLM's approximate caches")
+    how.add_argument("--refresh", type=int, help="with --cache: all anew every so many steps")
     how.add_argument("--temperature", type=float, default=0.0)
     how.add_argument("--top-p", type=float)
     how.add_argument("--top-k", type=int)
@@ -541,7 +575,8 @@ def main(argv: list[str] | None = None) -> int:
         steps=length if args.steps is None else args.steps, order=args.order,
         threshold=args.threshold,
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, alg_temp=args.alg_temp,
-        cfg_scale=args.cfg_scale, stop_at_eos=not args.no_early_stop,
+        cfg_scale=args.cfg_scale, cache=args.cache, refresh=args.refresh,
+        stop_at_eos=not args.no_early_stop,
         generator=torch.Generator(device))
 
     if args.prompts is not None:

@@ -67,7 +67,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
     ids (B, T), the truth; answer_mask (B, T) True on the answer, one contiguous run in each row;
     pad_mask (B, T) True where padded (on the right). generator: a CPU generator.
     reset: the memory is set back to its start before every step, the control without memory.
-    cut: the state passes from step to step without gradient (ablation).
+    cut: a state's gradient reaches the Mixer and Updater that made it, and ends there (ablation).
     figures: filled with dense_1 .. dense_K as floats. Raises `InputError` for a row with no answer
     or with an answer in several pieces."""
     length = answer_mask.sum(1)                                                  # (B,)
@@ -87,7 +87,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
         where = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n]    # (B, n)
         logits, state = denoise(backbone, ids.masked_fill(masked, backbone.config.mask_id), where,
                                 memory=memory, state=state, span=(start, length),
-                                pad_mask=pad_mask)
+                                pad_mask=pad_mask, cut=cut)
         loss = F.cross_entropy(logits.transpose(1, 2), ids.gather(1, where), reduction="none")
         still, now = masked.gather(1, where), (revealed_at == k).gather(1, where)    # (B, n)
         dense = (loss * still).sum(1) / still.sum(1).clamp(min=1)                    # (B,)
@@ -95,7 +95,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
         total = total + (now.sum(1) / length * (lam * dense + (1 - lam) * reveal)).mean()
         if figures is not None:
             figures[f"dense_{k + 1}"] = float(dense.detach().sum() / still.any(1).sum())
-        state = memory.initial(len(ids)) if reset else state.detach() if cut else state
+        state = memory.initial(len(ids)) if reset else state
     return total
 
 
@@ -379,8 +379,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--lam", type=float, default=0.5, help="dense against reveal loss")
     loss.add_argument("--concentration", type=float, default=1.0, help="of the Dirichlet")
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
-    loss.add_argument("--cut", action="store_true", help="ablation: the state is detached at every "
-                      "step, so Mixer and Updater stay as initialised")
+    loss.add_argument("--cut", action="store_true", help="ablation: gradients reach one step back")
     fit_ = p.add_argument_group("optimisation")
     fit_.add_argument("--steps", type=int, default=2000, help="updates")
     fit_.add_argument("--batch-size", type=int, default=16, help="examples per micro-batch")

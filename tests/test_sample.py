@@ -11,7 +11,8 @@ from conftest import DATA, EOS_ID, FAMILIES, MASK_ID, boosted, byte_tokenizer
 from safetensors.torch import load_file
 
 import sample
-from model import Backbone, Tokenizer, load
+from metastate import MetaState
+from model import Backbone, Cache, InputError, Tokenizer, load
 from sample import DREAM_ORDERS, LLADA_ORDERS, Step, generate, propose
 
 ORDERS = LLADA_ORDERS + DREAM_ORDERS
@@ -32,25 +33,37 @@ DREAM_BATCH = {"batch_entropy_steps16_t0": dict(steps=16, block_length=32, order
 DREAM_FAST = {f"fast_nocache_threshold{threshold}_steps8":
               dict(steps=8, block_length=32, threshold=threshold)
               for threshold in (0.04, 0.08, 0.9)}
-MATCHED = {"llada": {**LLADA_KEYS, **LLADA_BATCH, **LLADA_FAST},
-           "dream": {**DREAM_KEYS, **DREAM_BATCH, **DREAM_FAST}}
+CACHED = {"llada": {f"fast_{cache}_block8_steps32_th{threshold}":
+                    dict(steps=32, block_length=8, threshold=threshold, cache=cache)
+                    for cache in ("prefix", "dual") for threshold in (None, 0.04, 0.08, 0.9)},
+          "dream": {f"fast_{cache}_{name}_block8_steps32":
+                    dict(steps=32, block_length=8, cache=cache, **options)
+                    for cache in ("prefix", "dual") for name, options in (
+                        ("confidence_threshold0.08", dict(threshold=0.08)),
+                        ("confidence_threshold0.9", dict(threshold=0.9)),
+                        ("entropy0.9", dict(order="entropy")))}}  # the 0.9 is not used there
+MATCHED = {"llada": {**LLADA_KEYS, **LLADA_BATCH, **LLADA_FAST, **CACHED["llada"]},
+           "dream": {**DREAM_KEYS, **DREAM_BATCH, **DREAM_FAST, **CACHED["dream"]}}
 ALL_KEYS = [(family, key) for family, keys in MATCHED.items() for key in keys]
 
 
 @pytest.mark.parametrize("family, key", ALL_KEYS)
 def test_tokens_equal_the_published_samplers(backbones, family, key):
-    """Official samplers, batches of padded prompts, guidance and Fast-dLLM's uncached threshold:
-    the same ids, and for Fast-dLLM the same number of forwards."""
+    """Official samplers, batches of padded prompts, guidance and Fast-dLLM's threshold and caches:
+    the same ids, and for Fast-dLLM the same number of forwards, but for one thing: where a block is
+    whole after its first step, its cached samplers run one more forward, which commits nothing."""
     expected = load_file(DATA / family / "generate.safetensors")
     prompt, pad_mask = expected["prompt"], None
     if key.startswith("batch_"):
         prompt, pad_mask = expected["batch_prompt"], expected["batch_attention_mask"] == 0
         assert pad_mask.any()
+    steps: list[torch.Tensor] = []
     result = generate(backbones[family], prompt, pad_mask=pad_mask, gen_length=G,
-                      **MATCHED[family][key])
+                      on_step=lambda step: steps.append(step.fresh[0]), **MATCHED[family][key])
     assert result.ids.tolist() == expected[key].tolist()
     if f"{key}_nfe" in expected:
-        assert result.forwards == int(expected[f"{key}_nfe"])
+        idle = sum(int(fresh.sum()) == 8 for fresh in steps) if key in CACHED[family] else 0
+        assert result.forwards + idle == int(expected[f"{key}_nfe"])
 
 
 def test_eos_in_the_middle_equals_the_published_sampler():
@@ -62,8 +75,8 @@ def test_eos_in_the_middle_equals_the_published_sampler():
 
 
 def test_no_published_output_is_overlooked():
-    """Every uncached temperature-0 key of the oracles is matched above."""
-    elsewhere = ("seed0", "_inf", "eosboost", "fast_prefix", "fast_dual", "_nfe")
+    """Every temperature-0 key of the oracles is matched above."""
+    elsewhere = ("seed0", "_inf", "eosboost", "_nfe")
     for family in FAMILIES:
         keys = load_file(DATA / family / "generate.safetensors").keys()
         keys = {k for k in keys if not any(word in k for word in elsewhere)}
@@ -101,6 +114,108 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(backbones, family, options
     if options["block_length"] == G:  # with several, all wait for the slowest in each
         assert together.forwards == max(single.forwards for single in alone)
     assert len({tuple(single.ids[0, -G:].tolist()) for single in alone}) == len(prompts)
+
+
+# ------------------------------------------------------------------ caches
+CACHES = pytest.mark.parametrize("cache", ["prefix", "dual"])
+
+
+@CACHES
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [
+    dict(order="low_confidence"), dict(order="random"), dict(order="entropy", steps=16),
+    dict(order="origin"), dict(threshold=0.06, order="low_confidence"), dict(cfg_scale=1.5)],
+    ids=str)
+def test_a_cache_refreshed_at_every_step_is_no_cache(backbones, family, cache, options):
+    """Ids and forwards, with every way to commit, for a padded batch, with a memory that writes."""
+    ids, pad_mask = sample.left_pad(prompts_of((7, 3, 11)), EOS_ID, "cpu")
+    backbone = backbones[family]
+    memory = MetaState.for_backbone(backbone)
+    memory.injector.attention.out.weight.data.normal_(
+        0, 0.5, generator=torch.Generator().manual_seed(0))
+    options = dict(pad_mask=pad_mask, memory=memory, gen_length=G, block_length=8,
+                   steps=32) | options
+    plain = generate(backbone, ids, **options)
+    cached = generate(backbone, ids, cache=cache, refresh=1, **options)
+    without = generate(backbone, ids, **(options | dict(memory=None)))
+    assert torch.equal(plain.ids, cached.ids) and plain.forwards == cached.forwards
+    assert not torch.equal(plain.ids, without.ids)
+
+
+@CACHES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_stale_keys_tell_a_cache_from_none(backbones, family, cache):
+    """The hidden states of a slice are those of the whole sequence while nothing has changed, and
+    come from the old keys where something has; with padding too."""
+    backbone = backbones[family]
+    ids, pad_mask = sample.left_pad(prompts_of((24, 19)), EOS_ID, "cpu")
+    kept = Cache(backbone, 2, 24)
+    slice_ = slice(10, 16 if cache == "dual" else 24)
+
+    def part() -> torch.Tensor:
+        return backbone.hidden(backbone.embed(ids[:, slice_]), pad_mask, kept, 10)
+
+    whole = backbone.hidden(backbone.embed(ids), pad_mask, kept)
+    assert torch.equal(whole, backbone.hidden(backbone.embed(ids), pad_mask))
+    assert torch.allclose(part(), whole[:, slice_], atol=1e-5)
+    ids[:, 8] = 3  # before the slice: unseen
+    assert torch.allclose(part(), whole[:, slice_], atol=1e-5)
+    ids[:, 12] = 3
+    changed, keys = part(), kept.k.clone()
+    assert not torch.allclose(changed, whole[:, slice_], atol=1e-3)
+    outside = [i for i in range(24) if not 10 <= i < (slice_.stop or 24)]
+    backbone.hidden(backbone.embed(ids), pad_mask, kept)
+    assert not torch.allclose(kept.k[1:, ..., outside, :], keys[1:, ..., outside, :], atol=1e-4)
+
+
+@CACHES
+@pytest.mark.parametrize("family, options", [(f, o) for f in FAMILIES for o in SETTINGS[f]],
+                         ids=str)
+def test_a_cached_padded_batch_equals_its_prompts_one_by_one(backbones, family, options, cache):
+    """As without a cache, in blocks, and with one refresh within a block."""
+    prompts = prompts_of(lengths=(7, 1, 11, 4))
+    ids, pad_mask = sample.left_pad(prompts, EOS_ID, "cpu")
+    options = options | dict(gen_length=G, block_length=8, steps=16, cache=cache, refresh=3)
+    together = generate(backbones[family], ids, pad_mask=pad_mask, **options)
+    for row, p in zip(together.ids, prompts, strict=True):
+        single = generate(backbones[family], torch.tensor([p]), **options)
+        assert row[-G:].tolist() == single.ids[0, -G:].tolist()
+
+
+@CACHES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_computes_what_it_should(backbones, family, cache, monkeypatch):
+    """The whole sequence at a block's first step and at each refresh, else the block and what
+    follows, or the block alone; the memory writes to and reads just that, at its own places."""
+    backbone, lengths, spans = backbones[family], [], []
+    hidden = backbone.hidden
+    monkeypatch.setattr(backbone, "hidden", lambda e, *rest: (
+        lengths.append((rest[-1], e.shape[1])), hidden(e, *rest))[1])
+    memory = MetaState.for_backbone(backbone)
+    update = memory.update
+    monkeypatch.setattr(memory, "update", lambda s, h, t, span, pads: (
+        spans.append((int(span[0]), int(span[1]), h.shape[1])), update(s, h, t, span, pads))[1])
+    generate(backbone, torch.tensor(prompts_of((5,))), gen_length=12, block_length=6, steps=12,
+             order="low_confidence", cache=cache, refresh=4, memory=memory)
+    expected = []
+    for start in (5, 11):
+        part = (start, 6 if cache == "dual" else 17 - start)
+        expected += [(0, 17), part, part, part, (0, 17), part]
+    assert lengths == expected
+    assert spans == [(5 - first, 12, length) for first, length in expected]
+
+
+@pytest.mark.parametrize("family, options, words", [
+    ("llada", dict(cache="triple"), ["triple", "prefix", "dual"]),
+    ("llada", dict(refresh=2), ["refresh", "cache"]),
+    ("llada", dict(cache="dual", refresh=0), ["refresh", "0"]),
+    ("dream", dict(cache="dual", steps=4), ["2 steps"])], ids=str)
+def test_caches_that_cannot_be(backbones, family, options, words):
+    """Unknown names, a refresh of nothing, and Dream with no step left for the rest of a block."""
+    with pytest.raises(InputError) as error:
+        generate(backbones[family], torch.tensor(prompts_of((5,))),
+                 **dict(gen_length=G, block_length=8, steps=G) | options)
+    assert all(word in str(error.value) for word in words)
 
 
 def prompts_of(lengths, seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,255 @@
+"""The accuracy bench: who is compared with whom, what counts as a forward, and the intervals."""
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, FAMILIES
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from metastate import MetaState
+from model import Cache, load
+from sample import denoise, generate
+from tiny import GEN_LENGTH, TASKS
+from train import task_batches
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return load("tiny", "cpu")
+
+
+@pytest.fixture(scope="module")
+def memory(tiny_model) -> MetaState:
+    """An untrained memory that writes: its Injector's output is no longer zero."""
+    memory = MetaState.for_backbone(tiny_model[0])
+    with torch.no_grad():
+        memory.injector.attention.out.weight.normal_(
+            0, 0.3, generator=torch.Generator().manual_seed(1))
+        for block in (memory.mixer, memory.updater):  # what it reads differs between examples
+            for p in block.parameters():
+                if p.dim() > 1:
+                    p.mul_(3)
+    return memory
+
+
+def prompts_of(name: str, tokenizer, number: int) -> torch.Tensor:
+    draw = task_batches(tokenizer, 1, number, 0)
+    ids, answer, _ = draw(0, list(TASKS).index(name))
+    return ids[:, :int((~answer[0]).sum())]
+
+
+def states(memory, backbone, ids, steps=3) -> torch.Tensor:
+    """The states that the steps of a generation began with: (steps, B, M, D)."""
+    seen = []
+
+    class Spy(bench.Reset):
+        def __init__(self, memory):
+            super().__init__(memory)
+            self.update = memory.update
+
+        def note(self, e, s, t, span):
+            seen.append(s.clone())
+            return self.memory.inject(e, s, t, span)
+
+    spy = Spy(memory)
+    spy.inject = spy.note
+    generate(backbone, ids, memory=spy, gen_length=GEN_LENGTH, block_length=GEN_LENGTH, steps=steps)
+    return torch.stack(seen)
+
+
+def test_reset_begins_every_step_alike(tiny_model, memory):
+    """The control without memory: what one step saw is unknown to the next."""
+    ids = prompts_of("sums", tiny_model[1], 4)
+    plain = states(memory, tiny_model[0], ids)
+    reset = states(bench.Reset(memory), tiny_model[0], ids)
+    assert torch.equal(reset, memory.initial(4).expand(3, -1, -1, -1))
+    assert not torch.allclose(plain[1], plain[0]) and torch.equal(plain[0], reset[0])
+
+
+def test_shuffled_gives_each_row_the_memory_of_another(tiny_model, memory):
+    """After the first step each row holds the state of the row before it, bit for bit; where all
+    rows are the same example it changes nothing."""
+    backbone, tokenizer = tiny_model
+    ids = prompts_of("sums", tokenizer, 4)
+    plain = states(memory, backbone, ids)
+    shuffled = states(bench.Shuffled(memory), backbone, ids)
+    assert torch.equal(shuffled[1], plain[1][[3, 0, 1, 2]])
+    assert not torch.allclose(plain[1], plain[1][[3, 0, 1, 2]])
+    same = ids[:1].expand(3, -1)
+    assert torch.allclose(states(bench.Shuffled(memory), backbone, same),
+                          states(memory, backbone, same), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sudoku", "follow"])
+def test_forwards_are_counted_per_prompt(tiny_model, name):
+    """In a batch that decodes by threshold a prompt is charged until its own last token, as if it
+    had been alone; by schedule all take the same."""
+    backbone, tokenizer = tiny_model
+    rows = prompts_of(name, tokenizer, 5)
+    prompts = [tokenizer.decode(row) for row in rows.tolist()]
+    verdicts, forwards = bench.solve(backbone, tokenizer, TASKS[name], prompts, steps=GEN_LENGTH,
+                                     threshold=0.9)
+    alone = [generate(backbone, row[None], gen_length=GEN_LENGTH, block_length=GEN_LENGTH,
+                      steps=GEN_LENGTH, threshold=0.9).forwards for row in rows]
+    assert forwards == alone and len(verdicts) == 5
+    assert bench.solve(backbone, tokenizer, TASKS[name], prompts, 2, steps=6)[1] == [6] * 5
+    # in batches of 2, 2 and 1 or all at once: the same verdicts
+    assert bench.solve(backbone, tokenizer, TASKS[name], prompts, 2, steps=GEN_LENGTH,
+                       threshold=0.9) == (verdicts, forwards)
+
+
+def test_intervals_over_prompts():
+    """One training seed: the bootstrap's interval of a share is the binomial one."""
+    rng = np.random.default_rng(1)
+    right = (rng.random((1, 1, 1, 500)) < 0.8).astype(float)
+    mean, low, high = bench.Accuracies({"frozen": right})([0], [0], "frozen")
+    p = right.mean()
+    half = 196 * (p * (1 - p) / 500) ** 0.5
+    assert mean == pytest.approx(100 * p)
+    assert (low, high) == (pytest.approx(mean - half, abs=0.6), pytest.approx(mean + half, abs=0.6))
+
+
+def test_intervals_over_training_seeds():
+    """Seeds that differ widen the interval even where prompts are many, and by what a mean of that
+    many seeds has as its error."""
+    shares = np.array([0.2, 0.5, 0.8])
+    right = (np.arange(2000) / 2000 < shares[:, None, None, None]).astype(float)
+    right = np.random.default_rng(0).permuted(right, axis=3)
+    mean, low, high = bench.Accuracies({"MetaState": right})([0], [0], "MetaState")
+    assert mean == pytest.approx(50) and low < 25 and high > 75
+
+
+def test_leads_are_paired():
+    """A variant that is right on the very same prompts leads by 0, without an interval; one that is
+    right on ten more of a hundred leads by 10."""
+    rng = np.random.default_rng(2)
+    right = (rng.random((2, 3, 4, 100)) < 0.5).astype(float)
+    better = right.copy()
+    better[:, :, 2, 40:50] = 1
+    right[:, :, 2, 40:50] = 0
+    measured = bench.Accuracies({"frozen": right, "MetaState": better, "reset": right.copy()})
+    assert measured([0, 1, 2], [0, 1, 3], "MetaState", "frozen") == pytest.approx((0,) * 3)
+    assert measured([0, 1, 2], [0, 1, 2, 3], "reset", "frozen") == pytest.approx((0,) * 3)
+    lead, low, high = measured([0, 1, 2], [2], "MetaState", "frozen")
+    assert lead == pytest.approx(10) and 4 < low < 10 < high < 16
+
+
+@pytest.fixture
+def files(tiny_model, memory, tmp_path) -> list[str]:
+    """Two memories of other seeds, and the one that writes."""
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    memory.save(paths[0])
+    for i in (1, 2):
+        MetaState.for_backbone(tiny_model[0], generator=torch.Generator().manual_seed(i)).save(
+            paths[i])
+    return paths
+
+
+def test_the_table_and_its_json(files, capsys):
+    """Every variant, task and setting has a row; an untrained memory is the frozen backbone, so its
+    lead is 0; what is printed is what the JSON says."""
+    argv = ["accuracy", "--tasks", "sudoku,sums", "--prompts", "12", "--budgets", "1,4",
+            "--thresholds", "0.9", "--json", "--memory", *files[1:], "--reset", files[0]]
+    assert bench.main(argv) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    rows = {(r["task"], r["variant"], r["setting"]): r for r in result["rows"]}
+    assert len(rows) == 3 * 4 * 3 and result["prompts"] == 12
+    for (task, variant, setting), row in rows.items():
+        assert row["low"] - 1e-9 <= row["accuracy"] <= row["high"] + 1e-9
+        assert len(row["seeds"]) == {"frozen": 1, "reset": 1}.get(variant, 2)
+        frozen = rows[task, "frozen", setting]
+        assert variant == "reset" or row["accuracy"] == frozen["accuracy"]
+        assert setting.startswith("thr") or row["forwards"] == int(setting.split()[0])
+        [line] = [line for line in table if line.startswith(f"| {task} | {variant} |")]
+        assert f"{row['accuracy']:.1f} ({row['low']:.0f}-{row['high']:.0f})" in line
+    assert rows["mean", "frozen", "24 steps"]["accuracy"] == pytest.approx(np.mean(
+        [rows[task, "frozen", "24 steps"]["accuracy"] for task in ("sudoku", "sums")]))
+    leads = {lead["minus"]: lead for lead in result["leads"]}
+    for minus in ("frozen", "shuffled"):
+        assert [leads[minus][k] for k in ("points", "low", "high")] == pytest.approx([0] * 3)
+    assert "reset" in leads
+    assert 0 < result["forwards_share"] <= 1
+
+
+def test_the_same_seed_asks_the_same_prompts(capsys):
+    """Two runs print the same table; another seed picks other prompts."""
+    tables = []
+    for seed in ("0", "0", "1"):
+        assert bench.main(["accuracy", "--tasks", "sudoku", "--prompts", "25", "--budgets", "8",
+                           "--memory", "--reset", "--seed", seed]) == 0
+        tables.append(capsys.readouterr().out.splitlines()[2])
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tasks", "chess"], ["chess", "sudoku"]), (["--budgets", "5"], ["5", "24"]),
+    (["--thresholds", "0.5,x"], ["0.5,x"]), (["--thresholds", "1.5"], ["1.5"]),
+    (["--prompts", "0"], ["--prompts"]), (["--memory", "none.safetensors"], ["none.safetensors"])],
+    ids=str)
+def test_arguments_that_make_no_sense(argv, words, capsys):
+    """One line and exit code 2."""
+    assert bench.main(["accuracy", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words)
+
+
+def test_the_plot_needs_matplotlib_alone(tmp_path, monkeypatch, capsys):
+    """Without it: one line that says what to install. With it: a file."""
+    argv = ["accuracy", "--tasks", "sums", "--prompts", "2", "--budgets", "8", "--memory",
+            "--reset", "--plot", str(tmp_path / "plot.png")]
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "matplotlib.figure", None)
+        assert bench.main(argv) == 2
+        assert "pip install matplotlib" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert bench.main(argv) == 0
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------ speed
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_torch_counts(backbones, family):
+    """For a whole sequence, and for a block with a cache: counted operation by operation."""
+    backbone = backbones[family]
+    ids = torch.randint(400, (1, 20))
+    for cache, first in ((None, 0), (Cache(backbone, 1, 20), 12)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            denoise(backbone, ids, torch.arange(15, 20)[None], cache=cache, first=first)
+        flops, moved = bench.work_of(backbone.config, 20 - first, 20, 5, 4)
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+        c = backbone.config
+        read = sum(p.numel() for p in backbone.parameters()) - c.vocab * c.dim
+        kept = 0 if cache is None else cache.k[..., :first, :].numel() * 2
+        assert moved == pytest.approx(4 * (read + kept), rel=0.01)
+
+
+def test_speed_measures_what_it_names(tmp_path, capsys):
+    """A small config with random weights: every step, generation and training step has its row, and
+    shares follow from its figures."""
+    (tmp_path / "config.json").write_text((DATA / "llada" / "config.json").read_text())
+    assert bench.main(["speed", "--ckpt", f"random:{tmp_path}", "--lengths", "48,64", "--gen", "8",
+                       "--block", "4", "--prompt", "9", "--train", "16", "--warmup", "1",
+                       "--repeat", "2", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["product_flops"] > 1e8 and result["copy_bytes"] > 1e8
+    rows = {row["what"]: row for row in result["rows"]}
+    assert len(rows) == 2 * 2 * 2 + 3 * 2 * 2 + 2
+    for what, row in rows.items():
+        assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["first"] > 0
+        assert any(line.startswith(f"| {what} |") for line in table)
+        if row["flops"]:
+            assert row["flops_share"] == pytest.approx(
+                row["flops"] / row["seconds"] / result["product_flops"])
+        if what.startswith("generate") and "None, mem" in what:
+            assert row["forwards"] == 8 == row["tokens"]
+    assert rows["dual-cache block step, 64 tokens, memory off"]["flops"] < \
+        rows["full-sequence step, 64 tokens, memory off"]["flops"] / 5
