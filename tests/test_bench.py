@@ -113,6 +113,9 @@ def test_intervals_over_prompts():
     half = 196 * (p * (1 - p) / 500) ** 0.5
     assert mean == pytest.approx(100 * p)
     assert (low, high) == (pytest.approx(mean - half, abs=0.6), pytest.approx(mean + half, abs=0.6))
+    # where all are right: 3.84 / (n + 3.84) is left open
+    every = bench.Accuracies({"frozen": np.ones((1, 1, 1, 100))})([0], [0], "frozen")
+    assert every == (100, pytest.approx(100 * 100 / 103.84, abs=0.01), pytest.approx(100))
 
 
 def test_intervals_over_training_seeds():
