@@ -26,7 +26,8 @@ from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, trainers
 
 from model import (CHECKPOINTS, Backbone, Config, InputError, Parser, Tokenizer, command, rotate,
                    save, seed, write_atomic)
-from train import fit, processes, trapezoid
+from sample import left_pad
+from train import fit, move, processes, trapezoid
 
 
 # ------------------------------------------------------------------ tasks
@@ -205,6 +206,7 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
+VOCAB = 1000  # no tokenizer made here is larger; ours has 275 tokens
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
 
 
@@ -217,7 +219,7 @@ def build_tokenizer() -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator([f"{name} {name}" for name in TASKS], trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=2, show_progress=False,
+        vocab_size=VOCAB, min_frequency=2, show_progress=False,
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return Tokenizer(core)
@@ -243,13 +245,18 @@ def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path) -> None
 
 
 def batch(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, held_out: bool,
-          eos_id: int, length: int = GEN_LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
-    """`size` examples of one task as ids: prompts (B, P) and answers (B, length), EOS behind. The
-    built-in tasks' prompts have one length each, so no padding is needed."""
+          eos_id: int, length: int = GEN_LENGTH):
+    """`size` examples of one task as ids -> prompts (B, P), answers (B, length) with EOS behind,
+    and (B, P) True where a prompt is padded on the left, or None where all are of one length, as
+    the built-in tasks' are. Raises `InputError` for an answer longer than `length`."""
     pairs = [draw(task, rng, held_out) for _ in range(size)]
-    prompts = torch.tensor([tokenizer.encode(p) for p, _ in pairs])
+    prompts, pad_mask = left_pad([tokenizer.encode(p) for p, _ in pairs], eos_id, "cpu")
     answers = [tokenizer.encode(a) for _, a in pairs]
-    return prompts, torch.tensor([a + [eos_id] * (length - len(a)) for a in answers])
+    if max(map(len, answers)) > length:
+        raise InputError(f"the answer {max(pairs, key=lambda p: len(p[1]))[1]!r} is longer than "
+                         f"{length} tokens")
+    answers = torch.tensor([a + [eos_id] * (length - len(a)) for a in answers])
+    return prompts, answers, pad_mask if bool(pad_mask.any()) else None
 
 
 def look_nearby(backbone: Backbone, offsets: Sequence[int], sharpness: float = 20.0) -> None:
@@ -279,10 +286,11 @@ def look_nearby(backbone: Backbone, offsets: Sequence[int], sharpness: float = 2
 
 
 def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
-               generator: torch.Generator) -> torch.Tensor:
+               pad_mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
     """LLaDA's own fine-tuning loss: t uniform, every answer token masked with probability
     p = (1 - 1e-3) t + 1e-3, cross-entropy over the masked ones weighted 1 / p and divided by the
-    answer's length. EOS counts as answer; prompts (B, P) are never masked; answers (B, G).
+    answer's length. EOS counts as answer; prompts (B, P) are never masked; answers (B, G);
+    pad_mask (B, P) True where padded.
 
     Ours: the t of a batch are one uniform number plus a regular grid, modulo 1, which has the same
     distribution for each row and less variance for their mean."""
@@ -291,7 +299,8 @@ def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
     p = ((1 - 1e-3) * t + 1e-3)[:, None].expand(B, G)                                    # (B, G)
     masked = torch.rand(B, G, generator=generator) < p
     noisy = answers.masked_fill(masked, backbone.config.mask_id)
-    h = backbone.hidden(backbone.embed(torch.cat([prompts, noisy], 1)))[:, prompts.shape[1]:]
+    pads = None if pad_mask is None else F.pad(pad_mask, (0, G))
+    h = backbone.hidden(backbone.embed(torch.cat([prompts, noisy], 1)), pads)[:, prompts.shape[1]:]
     loss = F.cross_entropy(backbone.logits(h[masked]), answers[masked], reduction="none")
     return (loss / p[masked]).sum() / (B * G)
 
@@ -316,7 +325,7 @@ def pretrain(args: argparse.Namespace) -> None:
         length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
         size = args.batch_size if name in EASIER else args.batch_size // 2  # these learn sooner
         data = batch(task, tokenizer, rng, size, False, config.eos_id, length)
-        loss = llada_loss(backbone, *(x.to(device) for x in data), generator)
+        loss = llada_loss(backbone, *move(data, device), generator)
         return loss, {name: loss.item()}
 
     @torch.no_grad()
@@ -325,7 +334,7 @@ def pretrain(args: argparse.Namespace) -> None:
         for name, task in TASKS.items():
             data = batch(task, tokenizer, random.Random(0), 256, True, config.eos_id)
             generator = torch.Generator().manual_seed(0)
-            loss = llada_loss(backbone, *(x.to(device) for x in data), generator)
+            loss = llada_loss(backbone, *move(data, device), generator)
             figures[f"held_out_{name}"] = loss.item()
         return figures
 

@@ -251,24 +251,30 @@ def _keep_lines_up_to(metrics: Path, step: int) -> None:
 
 # ------------------------------------------------------------------ data
 def knows_tasks(tokenizer: Tokenizer) -> bool:
-    """True for the tiny model and its like: the tasks' names are tokens of their own."""
-    from tiny import TASKS  # here, because tiny trains with this file's loop
-    return all(len(tokenizer.encode(name)) == 1 for name in TASKS)
+    """True for the tiny model and its like, whose vocabulary tiny.py makes: bytes and few names."""
+    from tiny import SPECIAL, VOCAB  # here, because tiny trains with this file's loop
+    return len(tokenizer.vocab) <= VOCAB and all(name in tokenizer.vocab for name in SPECIAL)
 
 
-def task_batches(tokenizer: Tokenizer, eos_id: int, size: int, seed: int):
-    """batch(step, micro, held_out) -> (ids, answer_mask, None) of the tiny model's own tasks, one
-    task per micro-batch in turn."""
+def move(data, device):
+    """The tensors of a batch on a device; what is None stays None."""
+    return [None if x is None else x.to(device) for x in data]
+
+
+def task_batches(tokenizer: Tokenizer, eos_id: int, size: int, micros: int, seed: int):
+    """batch(step, micro, held_out) -> (ids, answer_mask, pad_mask) of the tiny model's own tasks,
+    one task per micro-batch in turn."""
     from tiny import TASKS, batch
     names = list(TASKS)
 
     def draw(step: int, micro: int, held_out: bool = False):
         rng = random.Random(f"{seed} {step} {micro}")
-        prompts, answers = batch(TASKS[names[micro % len(names)]], tokenizer, rng, size, held_out,
-                                 eos_id)
+        task = TASKS[names[(step * micros + micro) % len(names)]]
+        prompts, answers, pad = batch(task, tokenizer, rng, size, held_out, eos_id)
         ids = torch.cat([prompts, answers], 1)
         answer = torch.arange(ids.shape[1]) >= prompts.shape[1]
-        return ids, answer.expand(ids.shape), None
+        return ids, answer.expand(ids.shape), None if pad is None else F.pad(
+            pad, (0, answers.shape[1]))
 
     return draw
 
@@ -421,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
         generator=torch.Generator().manual_seed(args.seed)).to(device)
     if args.data is None and knows_tasks(tokenizer):
-        draw = task_batches(tokenizer, c.eos_id, args.batch_size, args.seed)
+        draw = task_batches(tokenizer, c.eos_id, args.batch_size, args.micros, args.seed)
     else:
         if args.data is None and rank == 0:
             tulu(args.seed)
@@ -435,18 +441,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"memory: {count:,} parameters, {100 * count / c.parameters:.2f}% of the backbone's")
 
     def loss_of(step: int, micro: int, held_out: bool):
-        ids, answer, pad = draw(step, micro, held_out)
+        ids, answer, pad = move(draw(step, micro, held_out), device)
         figures: dict[str, float] = {}
         bits = random.Random(f"reveal {args.seed} {step} {micro}").getrandbits(60)
         loss = unrolled_loss(
-            backbone, memory, ids.to(device), answer.to(device), args.K, args.lam,
-            args.concentration, torch.Generator().manual_seed(bits), args.reset,
-            pad_mask=None if pad is None else pad.to(device), cut=args.cut, figures=figures)
+            backbone, memory, ids, answer, args.K, args.lam, args.concentration,
+            torch.Generator().manual_seed(bits), args.reset, pad_mask=pad, cut=args.cut,
+            figures=figures)
         return loss, figures
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        losses = [loss_of(-1, i, True)[0].item() for i in range(4)]
+        losses = [loss_of(0, i, True)[0].item() for i in range(8)]
         return {"held_out": sum(losses) / len(losses)}
 
     chosen = {k: v for k, v in vars(args).items()

@@ -39,7 +39,7 @@ def memory(tiny_model) -> MetaState:
 
 
 def prompts_of(name: str, tokenizer, number: int) -> torch.Tensor:
-    draw = task_batches(tokenizer, 1, number, 0)
+    draw = task_batches(tokenizer, 1, number, 4, 0)
     ids, answer, _ = draw(0, list(TASKS).index(name))
     return ids[:, :int((~answer[0]).sum())]
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import bench
+import model
 import tiny
 from model import Backbone, Config, Tokenizer, load, rotate
 from tiny import GEN_LENGTH, SPECIAL, TASKS, draw, is_held_out
@@ -202,6 +203,14 @@ class Reverse:
         return text.strip() == prompt.split()[1][::-1]
 
 
+class Ragged(Reverse):
+    """The same with prompts of different lengths."""
+
+    def make(self, rng):
+        word = "".join(rng.choice("xyz") for _ in range(rng.randint(4, 12)))
+        return f"reverse {word}\n", word[::-1]
+
+
 @pytest.fixture
 def reverse(monkeypatch) -> Reverse:
     """The task from outside, among the others."""
@@ -219,9 +228,16 @@ def test_a_task_needs_make_and_check_only(reverse, tokenizer, capsys):
     assert tiny.main(["show", "--task", "reverse", "--number", "1"]) == 0
     prompt, answer = capsys.readouterr().out.split()[1:]
     assert prompt[::-1] == answer
-    ids, answers = tiny.batch(reverse, tokenizer, rng, 3, True, 1)
-    assert ids.shape == (3, len(tokenizer.encode(f"reverse {prompt}\n")))
+    ids, answers, pad = tiny.batch(reverse, tokenizer, rng, 3, True, 1)
+    assert ids.shape == (3, len(tokenizer.encode(f"reverse {prompt}\n"))) and pad is None
     assert answers.shape == (3, GEN_LENGTH)
+
+
+def test_an_answer_that_is_too_long_is_refused(reverse, tokenizer, monkeypatch):
+    """Rather than cut: the model could not write it in the bench's positions."""
+    monkeypatch.setattr(reverse, "make", lambda rng: (f"reverse {rng.random()}\n", "x" * 25))
+    with pytest.raises(model.InputError, match="longer than 24 tokens"):
+        tiny.batch(reverse, tokenizer, random.Random(0), 2, False, 1)
 
 
 # ------------------------------------------------------------------ tokenizer and batches
@@ -263,7 +279,7 @@ def test_special_tokens_are_three_ids_apart(tokenizer):
 @pytest.mark.parametrize("held_out", [True, False])
 def test_batches_hold_prompts_and_answers(name, tokenizer, held_out):
     """Prompts of one length, answers that fit with EOS behind them, all from the side asked for."""
-    prompts, answers = tiny.batch(TASKS[name], tokenizer, random.Random(3), 40, held_out, 1)
+    prompts, answers, _ = tiny.batch(TASKS[name], tokenizer, random.Random(3), 40, held_out, 1)
     assert prompts.shape[0] == 40 and answers.shape == (40, GEN_LENGTH)
     for prompt, row in zip(prompts, answers.tolist()):
         assert 1 in row  # an end that the model learns to write
@@ -280,7 +296,7 @@ def test_easier_examples_are_of_the_same_task(name, tokenizer):
     """They follow the full size's rules, are judged by its check, and make batches; the full size
     is not among them."""
     for task in tiny.EASIER[name]:
-        prompts, _ = tiny.batch(task, tokenizer, random.Random(0), 10, False, 1)
+        prompts, *_ = tiny.batch(task, tokenizer, random.Random(0), 10, False, 1)
         assert len(prompts) == 10
         for seed in range(10):
             prompt, answer = task.make(random.Random(seed))
@@ -330,8 +346,8 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
     assert loaded.config.parameters == sum(p.numel() for p in backbone.parameters())
 
 
-def slow_llada_loss(backbone, prompts, answers, generator) -> torch.Tensor:
-    """The published loss token by token, on the same draws."""
+def slow_llada_loss(backbone, prompts, answers, pad, generator) -> torch.Tensor:
+    """The published loss token by token, on the same draws, every row without its padding."""
     rows, length = answers.shape
     offset, total = float(torch.rand(1, generator=generator)), 0.0
     dice = torch.rand(rows, length, generator=generator)
@@ -340,19 +356,22 @@ def slow_llada_loss(backbone, prompts, answers, generator) -> torch.Tensor:
         p = (1 - 1e-3) * t + 1e-3
         noisy, masked = answers[row].clone(), dice[row] < p
         noisy[masked] = backbone.config.mask_id
-        logits = backbone(torch.cat([prompts[row], noisy])[None])[0, len(prompts[row]):]
+        prompt = prompts[row] if pad is None else prompts[row][~pad[row]]
+        logits = backbone(torch.cat([prompt, noisy])[None])[0, len(prompt):]
         for i in range(length):
             if masked[i]:
                 total = total - logits[i].log_softmax(-1)[answers[row, i]] / p / length
     return total / rows
 
 
+@pytest.mark.parametrize("task", [TASKS["sums"], Ragged()], ids=["equal", "padded"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_pretraining_loss_is_the_slow_one(tokenizer, seed):
-    """Masking, weights 1 / p, the answer's length and the batch: loss and gradient are those of a
-    loop over rows and tokens."""
-    backbone = fresh(tokenizer, n_layers=1)
-    data = tiny.batch(TASKS["sums"], tokenizer, random.Random(seed), 5, False, 1)
+def test_the_pretraining_loss_is_the_slow_one(tokenizer, task, seed):
+    """Masking, weights 1 / p, the answer's length, padding and the batch: loss and gradient are
+    those of a loop over rows and tokens."""
+    backbone = fresh(tokenizer, n_layers=2)
+    data = tiny.batch(task, tokenizer, random.Random(seed), 5, False, 1)
+    assert (data[2] is not None) == isinstance(task, Ragged)
     losses, grads = [], []
     for loss_fn in (tiny.llada_loss, slow_llada_loss):
         backbone.zero_grad()

@@ -1111,15 +1111,35 @@ def test_the_tasks_are_the_tiny_models_data(ckpt, tmp_path, monkeypatch, capsys)
     assert train.main(["--out", str(tmp_path), "--device", "cpu", "--steps", "1", "--K", "2",
                        "--batch-size", "2"]) == 0
     tasks = list(tiny.TASKS.values())
-    assert asked == [(task, False) for task in tasks] + [(task, True) for task in tasks]
+    assert asked == [(task, False) for task in tasks] + [(task, True) for task in tasks] * 2
     assert "held_out" in metrics_of(tmp_path)[0] and capsys.readouterr().err == ""
+
+
+def test_tasks_from_outside_are_trained_on(ckpt, tmp_path, monkeypatch):
+    """The shipped tokenizer has no token for a new task's name; it is drawn in its turn all the
+    same, and prompts of different lengths are padded."""
+    class Echo:
+        def make(self, rng):
+            word = "xyz"[:rng.randint(1, 3)]
+            return f"echo {rng.randrange(1000)} {word}\n", word
+
+        def check(self, prompt, text):
+            return text == prompt.split()[-1]
+
+    monkeypatch.setitem(model.CHECKPOINTS, "tiny", ckpt)
+    monkeypatch.setitem(tiny.TASKS, "echo", Echo())
+    drawn, batch = [], tiny.batch
+    monkeypatch.setattr(tiny, "batch", lambda task, *a: drawn.append(task) or batch(task, *a))
+    assert train.main(["--out", str(tmp_path), "--device", "cpu", "--steps", "5", "--K", "2",
+                       "--batch-size", "3", "--eval-every", "5"]) == 0
+    assert all(drawn[:20].count(task) == 4 for task in tiny.TASKS.values())
 
 
 def test_task_batches_are_prompts_and_answers(ckpt):
     """The answer is the last GEN_LENGTH positions, the same for one (step, micro), another for
     another."""
     _, tokenizer = load(ckpt, "cpu")
-    draw = train.task_batches(tokenizer, 1, 3, seed=0)
+    draw = train.task_batches(tokenizer, 1, 3, 4, seed=0)
     ids, answer, pad = draw(4, 1)
     assert pad is None and answer.sum(1).tolist() == [tiny.GEN_LENGTH] * 3
     assert answer[:, -tiny.GEN_LENGTH:].all()
