@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from metastate import MetaState
-from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command, find,
-                   load, seed)
+from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
+                   compile_on, find, load, seed)
 from sample import answer_text, denoise, generate, left_pad
 from tiny import GEN_LENGTH, TASKS, Task, draw
 from train import unrolled_loss
@@ -128,6 +128,7 @@ def accuracy(args: argparse.Namespace) -> None:
             given = sorted(folder.glob(pattern + ".safetensors")) if folder else []
         trained.append([MetaState.load(path, backbone) for path in given])
     full, reset = trained
+    compile_on(backbone.embedding.weight.device, args.compile, backbone, *full, *reset)
     variants = {"frozen": [None], "MetaState": full, "shuffled": [Shuffled(m) for m in full],
                 "reset": [Reset(m) for m in reset]}
     variants = {name: memories for name, memories in variants.items() if memories}
@@ -270,6 +271,7 @@ def speed(args: argparse.Namespace) -> None:
     clock = Clock(device, args.warmup, args.repeat)
     product, copy = limits(clock, dtype)
     memory = MetaState.for_backbone(backbone).to(device)
+    compile_on(device, args.compile, backbone, memory)
     generator, rows = torch.Generator().manual_seed(args.seed), []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"CPU, {torch.get_num_threads()} threads"
@@ -422,6 +424,8 @@ def main(argv: list[str] | None = None) -> int:
     for each in (p, q):
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
         each.add_argument("--json", action="store_true", help="one JSON object as the last line")
+        each.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                          help="torch.compile (default: on CUDA)")
         each.add_argument("--device", help="default: cuda where there is one")
         each.add_argument("--dtype", choices=DTYPES,
                           help="default: bfloat16 on CUDA, else as stored")

@@ -201,7 +201,7 @@ class MetaState(nn.Module):
 
     def initial(self, batch: int) -> torch.Tensor:
         """The state before the first step: (B, M, D) float32."""
-        return self.start.float().expand(batch, -1, -1)
+        return self.start.float().repeat(batch, 1, 1)
 
     def inject(self, e: torch.Tensor, s: torch.Tensor, t: torch.Tensor, span) -> torch.Tensor:
         """e (B, T, d) embeddings, s (B, M, D), t (B,) share of the response still masked
@@ -215,6 +215,11 @@ class MetaState(nn.Module):
         cond, distance = self._cond(t), self._distance(h, span).transpose(1, 2)
         reading = self.mixer(s + self.identity, h, cond, distance, pad_mask)
         return self.updater(s, reading, cond)
+
+    def compile(self, **options) -> None:
+        """Compile the three parts with torch.compile, whose options these are."""
+        for part in (self.mixer, self.updater, self.injector):
+            part.compile(**options)
 
     def _cond(self, t):
         return self.time(t if self.sizes["time"] else torch.zeros_like(t))

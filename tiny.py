@@ -355,7 +355,8 @@ def pretrain(args: argparse.Namespace) -> None:
         return figures
 
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
-        lr=args.lr, schedule=two_stages, warmup=200, clip=0.25, micros=len(names), evaluate=evaluate,
+        lr=args.lr, schedule=two_stages, warmup=200, clip=0.25, micros=len(names),
+        evaluate=evaluate,
         settings={"batch_size": args.batch_size, "lr": args.lr, "seed": args.seed})
     if processes()[0] == 0:
         write_folder(backbone, tokenizer, out)
