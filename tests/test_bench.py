@@ -235,6 +235,7 @@ def test_flops_are_those_that_torch_counts(backbones, family):
         assert moved == pytest.approx(4 * (read + kept), rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_flash_attention_is_asserted(family, monkeypatch):
     """Without padding it can be chosen; where it cannot (here: three dimensions) that is said."""
     backbone, _ = load(DATA / family, "cpu")
