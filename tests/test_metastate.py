@@ -232,8 +232,9 @@ def test_spans_may_differ_by_row(backbone):
     written, updated = memory.inject(e, s, t, spans), memory.update(s, e, t, spans)
     for i in range(2):
         row, span = slice(i, i + 1), (int(starts[i]), int(lengths[i]))
-        assert torch.allclose(written[row], memory.inject(e[row], s[row], t[row], span), atol=1e-5)
-        assert torch.allclose(updated[row], memory.update(s[row], e[row], t[row], span), atol=1e-5)
+        for both, alone in ((written, memory.inject(e[row], s[row], t[row], span)),
+                            (updated, memory.update(s[row], e[row], t[row], span))):
+            assert torch.allclose(both[row], alone, atol=1e-5 * float(alone.abs().max()))
 
 
 def steep(backbone: Backbone, slots: int) -> MetaState:
@@ -263,10 +264,11 @@ def test_a_steep_bias_ties_slots_to_their_positions(backbone):
 
 
 def test_heads_begin_local_and_global(backbone):
-    """Of four heads two are local at first, slopes 4 and 1, and two see everything alike."""
+    """Of four heads two are sharply local at first, slope 4, one less so, and one sees everything
+    alike."""
     memory = MetaState.for_backbone(backbone)
     for attention in (memory.mixer.attention, memory.injector.attention):
-        assert sorted(attention.slopes.tolist()) == [0.0, 0.0, 1.0, 4.0]
+        assert sorted(attention.slopes.tolist()) == [0.0, 1.0, 4.0, 4.0]
 
 
 def test_identities_make_slots_differ(backbone):
@@ -473,7 +475,7 @@ def test_right_padding_does_not_reach_the_loss(backbone, monkeypatch):
         loss.backward()
         outcomes.append([loss.detach(), *(p.grad.clone() for p in memory.parameters())])
     for alone, padded in zip(*outcomes):
-        assert torch.allclose(alone, padded, atol=1e-5, rtol=1e-3)
+        assert torch.allclose(alone, padded, atol=1e-4 * float(alone.abs().max()), rtol=1e-3)
 
 
 # ------------------------------------------------------------------ gradients
