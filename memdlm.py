@@ -162,8 +162,7 @@ class LoRA:
 
 
 class FastLoRA(LoRA):
-    """The fast weights: gate, up and down of layers int(0.9 L) .. L - 1  # paper
-    of one layer at least  # ours: int(0.9 L) is none of so few layers elsewhere"""
+    """The fast weights: gate, up and down of layers int(0.9 L) .. L - 1, one layer at least."""
 
     def __init__(self, backbone: Backbone, settings: Settings = Settings(), seed: int = 0):
         L, self.settings = backbone.config.layers, settings
@@ -397,7 +396,10 @@ def train(args: argparse.Namespace) -> None:
     c, device = backbone.config, backbone.embedding.weight.device
     backbone.checkpointing, tasks = args.checkpointing, None
     if toy := knows_tasks(tokenizer):
-        from tiny import KINDS, Haystack
+        from tiny import GEN_LENGTH, KINDS, Haystack
+        if args.data is None and args.length + 17 + GEN_LENGTH > c.max_len:
+            raise InputError(f"--length {args.length} with query and answer is more than the "
+                             f"model's {c.max_len} tokens")
         tasks = {kind: Haystack(args.length, *asked) for kind, asked in KINDS.items()}
     draw = choose_data(args, tokenizer, c, tasks)
     if args.tune == "full":
