@@ -223,9 +223,9 @@ def masked_losses(backbone: Backbone, h: torch.Tensor, ids: torch.Tensor,
 def adapt(backbone: Backbone, fast: FastLoRA, ids: torch.Tensor, masks: list[torch.Tensor],
           maskable: torch.Tensor, pad_mask: torch.Tensor | None = None,
           weighted: bool = True) -> list[float]:
-    """One SGD step on the fast weights for each of `masks` that the settings leave (K = 1: the
-    first, as their code; `only`), first order; returns the losses. The
-    fast weights are attached afterwards and want no gradient any more.
+    """One SGD step, first order, on the fast weights for each of `masks` that the settings take
+    (all; with K = 1 the first, as in their code; with `only` that one); returns the losses. The
+    fast weights are attached afterwards, and want no gradient any more.
 
     ids, maskable and masks (B, T); weighted: each row's tokens count 1 / its mask ratio (training),
     or all alike (a prompt). Fast weights with a row for each example learn from it alone."""

@@ -395,6 +395,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Train the tiny model, or the one for haystacks, from nothing and write it to `args.out`."""
     hay, device = args.task == "haystack", torch.device(args.device)
     out = Path(args.out or CHECKPOINTS["haystack" if hay else "tiny"])
+    steps = args.steps if args.steps is not None else 3000 if hay else 10500
     tokenizer, changes = build_tokenizer(), LONGER if hay else {}
     config = Config.from_dict(build_config(tokenizer, **changes))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
@@ -434,7 +435,7 @@ def pretrain(args: argparse.Namespace) -> None:
             figures[f"held_out_{name}"] = loss.item()
         return figures
 
-    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
+    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=steps,
         lr=args.lr, schedule=trapezoid if hay else two_stages, warmup=200, clip=0.25,
         micros=len(names), evaluate=evaluate,
         settings={"batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
@@ -464,8 +465,8 @@ def main(argv: list[str] | None = None) -> int:
                    help="the four tasks of checkpoints/tiny, or short haystacks")
     p.add_argument("--out", help="folder of the checkpoint (default: checkpoints/tiny, or "
                    "checkpoints/haystack)")
-    p.add_argument("--steps", type=int, default=10500, help="updates, the first "
-                   f"{STAGE} of them with easier sums")
+    p.add_argument("--steps", type=int, help=f"updates (default: 10500, the first {STAGE} of them "
+                   "with easier sums; 3000 for haystacks)")
     p.add_argument("--batch-size", type=int, default=32, help="examples of each task per update")
     p.add_argument("--lr", type=float, default=6e-4, help="peak learning rate of AdamW")
     p.add_argument("--seed", type=seed, default=0)
