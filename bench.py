@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from memdlm import FastLoRA, Settings, adapted, outer_loss
 from metastate import MetaState
-from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command, find,
-                   load, parse_json, read_lines, seed)
+from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
+                   compile_on, find, load, parse_json, read_lines, seed)
 from sample import answer_text, denoise, generate, left_pad
 from tiny import GEN_LENGTH, KINDS, LENGTHS, TASKS, Haystack, Task, draw
 from train import task_batches, unrolled_loss
@@ -86,7 +86,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a proportion of n (Wilson's score interval)."""
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
                                                           + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 class Accuracies:
@@ -137,6 +137,7 @@ def accuracy(args: argparse.Namespace) -> None:
             given = sorted(folder.glob(pattern + ".safetensors")) if folder else []
         trained.append([MetaState.load(path, backbone) for path in given])
     full, reset = trained
+    compile_on(backbone.embedding.weight.device, args.compile, backbone, *full, *reset)
     variants = {"frozen": [None], "MetaState": full, "shuffled": [Shuffled(m) for m in full],
                 "reset": [Reset(m) for m in reset]}
     variants = {name: memories for name, memories in variants.items() if memories}
@@ -271,6 +272,20 @@ def work_of(config: Config, computed: int, seen: int, head: int, element: int) -
     return flops, element * (inner + ends * (head > 0) + cached)
 
 
+@torch.no_grad()
+def flash_attention(backbone: Backbone, length: int) -> None:
+    """Run a forward without padding in which nothing but FlashAttention may compute attention.
+    Raises `InputError` where it cannot be chosen."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    e = backbone.embed(torch.zeros(1, length, dtype=torch.long,
+                                   device=backbone.embedding.weight.device))
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            backbone.hidden(e)
+    except RuntimeError as error:
+        raise InputError(f"FlashAttention is not chosen here ({error})") from error
+
+
 def speed(args: argparse.Namespace) -> None:
     """Forwards, block steps, whole generations and a training step, beside the machine's limits."""
     backbone, _ = load(args.ckpt, args.device, args.dtype)
@@ -278,15 +293,18 @@ def speed(args: argparse.Namespace) -> None:
     device, dtype = weight.device, weight.dtype
     clock = Clock(device, args.warmup, args.repeat)
     product, copy = limits(clock, dtype)
+    if device.type == "cuda":
+        flash_attention(backbone, args.lengths[0])
     memory = MetaState.for_backbone(backbone).to(device)
+    compile_on(device, args.compile, backbone, memory)
     generator, rows = torch.Generator().manual_seed(args.seed), []
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.ckpt}, {dtype}, {chip}, torch {torch.__version__}: a matrix product does "
           f"{product / 1e12:.3g} TFLOP/s, a copy {copy / 1e9:.3g} GB/s; medians of {args.repeat} "
           f"after {1 + args.warmup} to warm up, fastest and slowest in brackets\n")
-    print("| what | ms | tokens/s | forwards | TFLOP/s (share) | GB/s (share) | peak GB |")
-    print("|---" * 7 + "|")
+    columns = "what", "ms", "first, ms", "tokens/s", "forwards", "TFLOP/s", "GB/s", "peak GB"
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
 
     def ids_of(length: int) -> torch.Tensor:
         ids = torch.randint(c.vocab, (1, length), generator=generator)
@@ -308,8 +326,8 @@ def speed(args: argparse.Namespace) -> None:
                          if amount else "")
         rows.append(row)
         print(f"| {what} | {1e3 * s:.3g} ({1e3 * row['low']:.3g}-{1e3 * row['high']:.3g}) | "
-              f"{f'{tokens / s:.4g}' if tokens else ''} | {forwards} | {' | '.join(rates)} | "
-              f"{f'{peak:.1f}' if peak else ''} |", flush=True)
+              f"{1e3 * row['first']:.3g} | {f'{tokens / s:.4g}' if tokens else ''} | {forwards} | "
+              f"{' | '.join(rates)} | {f'{peak:.1f}' if peak else ''} |", flush=True)
         return row
 
     @torch.no_grad()
@@ -332,8 +350,8 @@ def speed(args: argparse.Namespace) -> None:
             plain, carried = (measure(f"{kind}, {length} tokens, memory {name}",
                                       lambda: step(length, kept, state), *work)
                               for name, state in (("off", None), ("on", memory.initial(1))))
-            print(f"| -> memory on / off | {carried['seconds'] / plain['seconds']:.3f} x |  |  |  |"
-                  "  |  |")
+            print(f"| -> memory on / off | {carried['seconds'] / plain['seconds']:.3f} x |"
+                  + "  |" * (len(columns) - 2))
 
     prompt = ids_of(args.prompt)
     for cache in (None, "prefix", "dual"):
@@ -595,6 +613,8 @@ def main(argv: list[str] | None = None) -> int:
     for each in (p, q, m):
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
         each.add_argument("--json", action="store_true", help="one JSON object as the last line")
+        each.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                          help="torch.compile (default: on CUDA)")
         each.add_argument("--device", help="default: cuda where there is one")
     for each in (p, q):
         each.add_argument("--dtype", choices=DTYPES,

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -420,6 +421,12 @@ class Backbone(nn.Module):
         """(B, T) ids -> (B, T, V) raw logits."""
         return self.logits(self.hidden(self.embed(ids), pad_mask))
 
+    def compile(self, **options) -> None:
+        """Compile the blocks with torch.compile, whose options these are. The first block's graphs
+        serve all: one for the first shape that is seen, another for the shapes that differ."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def fingerprint(self) -> str:
         """A short hash of the config and of 64 weights spread over every parameter, the same in
         float32 and bfloat16 and on any device: tells one backbone's memories from another's."""
@@ -659,6 +666,18 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
         raise InputError(f"{folder}: the tokenizer has id {largest}, "
                          f"the model only {config.vocab} rows")
     return backbone.eval().requires_grad_(False), tokenizer
+
+
+def compile_on(device: torch.device, wanted: bool | None, *modules) -> None:
+    """Compile a backbone and memories (None is passed over) if wanted; if nothing is said, on CUDA.
+    Raises `InputError` on a CPU without the C++ compiler that it takes."""
+    if device.type == "cuda" if wanted is None else wanted:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"),
+                                                               "clang++"))):
+            raise InputError("--compile on a CPU needs a C++ compiler, and there is no g++")
+        for module in modules:
+            if module is not None:
+                module.compile()
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:

@@ -25,8 +25,8 @@ from typing import Callable, NamedTuple, TextIO
 
 import torch
 
-from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command, find,
-                   load, parse_json, read_json, read_lines, seed)
+from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
+                   compile_on, find, load, parse_json, read_json, read_lines, seed)
 from metastate import MetaState
 
 LLADA_ORDERS = ("low_confidence", "random")
@@ -61,14 +61,16 @@ def _bfloat16_as(x: torch.Tensor):
 def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
             memory: MetaState | None = None, state: torch.Tensor | None = None, span=None,
             pad_mask: torch.Tensor | None = None, cut: bool = False, cache: Cache | None = None,
-            first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            first: int = 0, last: int | None = None,
+            head: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One denoising step, the same for sampling and training: (logits, next state).
 
     ids (B, T), masked where nothing is revealed; where (B, n), the positions whose logits are
     wanted; state (B, M, D) and span (start, length) of the response, with a memory; pad_mask
     (B, T); cut: the next state's gradient ends within this step. With a cache only the positions
     first .. last - 1 are computed, and `where` lies among them. -> logits (B, n, V) float32, of the
-    token at each position: Dream's logits for position i are those of hidden state i - 1."""
+    token at each position: Dream's logits for position i are those of hidden state i - 1. head:
+    what to make of their hidden states (B, n, d) in place of logits."""
     c = backbone.config
     e = backbone.embed(ids[:, first:last])                            # (B, S, d)
     if memory is not None:
@@ -80,7 +82,8 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
             e = memory.inject(e, state, t, (start[:, 0] - first, length[:, 0]))
     h = backbone.hidden(e, pad_mask, cache, first)                    # (B, S, d)
     where = (where - first - int(c.shift)).clamp(min=0)
-    logits = backbone.logits(h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))).float()
+    logits = (head or (lambda h: backbone.logits(h).float()))(
+        h.gather(1, where[..., None].expand(-1, -1, h.shape[-1])))
     if memory is not None:
         with _bfloat16_as(h):
             seen = (state.detach(), h.detach()) if cut else (state, h)
@@ -474,6 +477,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--ckpt", default="tiny", help="nickname, folder or hub id (default: tiny)")
     model.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     model.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else as stored")
+    model.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: "
+                       "some seconds at first, faster then (default: on CUDA)")
     model.add_argument("--memory", metavar="FILE", help="a MetaState memory trained for it")
     model.add_argument("--fast-weights", nargs="?", const="", metavar="FOLDER", help="store the "
                        "prompt in fast weights first (memdlm.py), with the settings that FOLDER "
@@ -575,6 +580,8 @@ def main(argv: list[str] | None = None) -> int:
         block_length = length if length % 32 else 32
     memory = MetaState.load(args.memory, backbone) if args.memory else None
     prepare = fast_weights(args, backbone)
+    # fast weights come and go, and compiled code would not see them
+    compile_on(device, args.compile if args.fast_weights is None else False, backbone, memory)
     options = dict(
         memory=memory, gen_length=length, block_length=block_length,
         steps=length if args.steps is None else args.steps, order=args.order,

@@ -27,11 +27,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from metastate import MetaState
-from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, load,
-                   parse_json, read_lines, read_tensors, save_tensors, seed, write_atomic)
+from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, compile_on,
+                   load, parse_json, read_lines, read_tensors, save_tensors, seed, write_atomic)
 from sample import denoise
 
 
@@ -49,6 +50,22 @@ def reveal_steps(answer_mask: torch.Tensor, K: int, concentration: float,
               for n in answer_mask.sum(1)]
     ends = torch.tensor(np.cumsum(counts, 1), device=answer_mask.device)         # (B, K)
     return (rank[..., None] >= ends[:, None]).sum(-1).masked_fill(~answer_mask, -1)
+
+
+def token_losses(backbone: Backbone, h: torch.Tensor, target: torch.Tensor,
+                 most: int = 2 ** 26) -> torch.Tensor:
+    """Cross-entropy of (B, n) target ids given hidden states (B, n, d) -> (B, n) float32. Where the
+    logits would have more than `most` elements the head runs over a part of the positions at a
+    time, and once more in the backward pass, so that no part's logits outlive it."""
+    def part(h, target):
+        logits = backbone.logits(h).float()                                      # (B, <= n, V)
+        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+
+    size = max(1, most // (len(h) * backbone.config.vocab))
+    if size >= h.shape[1]:
+        return part(h, target)
+    return torch.cat([checkpoint(part, *pair, use_reentrant=False)
+                      for pair in zip(h.split(size, 1), target.split(size, 1))], 1)
 
 
 def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
@@ -85,10 +102,10 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
         if n == 0:  # everything is revealed: later steps have weight 0
             break
         where = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :n]    # (B, n)
-        logits, state = denoise(backbone, ids.masked_fill(masked, backbone.config.mask_id), where,
-                                memory=memory, state=state, span=(start, length),
-                                pad_mask=pad_mask, cut=cut)
-        loss = F.cross_entropy(logits.transpose(1, 2), ids.gather(1, where), reduction="none")
+        target = ids.gather(1, where)                                                # (B, n)
+        loss, state = denoise(backbone, ids.masked_fill(masked, backbone.config.mask_id), where,
+                              memory=memory, state=state, span=(start, length), pad_mask=pad_mask,
+                              cut=cut, head=lambda h: token_losses(backbone, h, target))
         still, now = masked.gather(1, where), (revealed_at == k).gather(1, where)    # (B, n)
         dense = (loss * still).sum(1) / still.sum(1).clamp(min=1)                    # (B,)
         reveal = (loss * now).sum(1) / now.sum(1).clamp(min=1)  # 0 where nothing is revealed
@@ -396,7 +413,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--dtype", choices=DTYPES, help="of the backbone; default: bfloat16 on CUDA")
     size = p.add_argument_group("memory")
     size.add_argument("--slots", type=int, help="M (default: 64 for 8B and 7B, else 24)")
-    size.add_argument("--width", type=int, help="D (default: 1024 for 8B and 7B, else d / 2)")
+    size.add_argument("--width", type=int, help="D (default: 1024 for 8B and 7B, else d)")
     size.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")
     size.add_argument("--no-local", action="store_true", help="ablation: no local attention bias")
     loss = p.add_argument_group("loss")
@@ -406,15 +423,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
     loss.add_argument("--cut", action="store_true", help="ablation: gradients reach one step back")
     fit_ = p.add_argument_group("optimisation")
-    fit_.add_argument("--steps", type=int, default=2000, help="updates")
+    fit_.add_argument("--steps", type=int, default=4000, help="updates")
     fit_.add_argument("--batch-size", type=int, default=16, help="examples per micro-batch")
     fit_.add_argument("--micros", type=int, default=4, help="micro-batches per update; for tiny's "
                       "tasks one task each")
-    fit_.add_argument("--lr", type=float, default=3e-3, help="peak of AdamW; 3e-4 suits 8B")
+    fit_.add_argument("--lr", type=float, default=1e-3, help="peak of AdamW")
     fit_.add_argument("--warmup", type=int, default=50)
     fit_.add_argument("--seed", type=seed, default=0, help="of the memory's weights and the data")
     fit_.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response")
     fit_.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
+    fit_.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                      help="torch.compile (default: on CUDA)")
     fit_.add_argument("--save-every", type=int, default=100)
     fit_.add_argument("--eval-every", type=int, default=250)
     args = p.parse_args(argv)
@@ -445,6 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = MetaState.for_backbone(
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
         generator=torch.Generator().manual_seed(args.seed)).to(device)
+    compile_on(device, args.compile, backbone, memory)
     draw = choose_data(args, tokenizer, c)
     count = sum(p.numel() for p in memory.parameters())
     if rank == 0:
@@ -466,7 +486,8 @@ def main(argv: list[str] | None = None) -> int:
         return {"held_out": sum(losses) / len(losses)}
 
     chosen = {k: v for k, v in vars(args).items()
-              if k not in ("out", "device", "dtype", "save_every", "eval_every", "checkpointing")}
+              if k not in ("out", "device", "dtype", "save_every", "eval_every", "checkpointing",
+                           "compile")}
     fit(dict(memory.named_parameters()), lambda step, micro: loss_of(step, micro, False), args.out,
         steps=args.steps, lr=args.lr, warmup=args.warmup, micros=args.micros,
         save_every=args.save_every, eval_every=args.eval_every, evaluate=evaluate,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import Backbone, load  # noqa: E402  (the path comes first)
 
+torch.set_num_threads(1)  # the models are small: two threads on busy cores wait for each other
 DATA = ROOT / "tests" / "data"
 FAMILIES = ("llada", "dream")
 MASK_ID, EOS_ID = 500, 501  # of both oracle checkpoints

@@ -704,6 +704,12 @@ def test_nicknames_are_the_published_repositories(hub, text_ckpt, nickname, repo
     assert nickname in CHECKPOINTS
 
 
+def test_compiling_without_a_compiler(cli_fails, monkeypatch):
+    """On a CPU torch.compile writes C++: without a compiler that is one line, and no traceback."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "g++" in cli_fails("--compile", *CPU)
+
+
 def test_a_folder_is_never_looked_up(hub, ckpt, monkeypatch):
     """A folder whose path looks like a hub id is a folder."""
     fake = hub(None, AssertionError("asked the network"))

@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DATA, FAMILIES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from metastate import MetaState
-from model import Cache, load
+from model import Cache, InputError, load
 from sample import denoise, generate
 from tiny import GEN_LENGTH, TASKS
 from train import task_batches
@@ -232,6 +233,16 @@ def test_flops_are_those_that_torch_counts(backbones, family):
         read = sum(p.numel() for p in backbone.parameters()) - c.vocab * c.dim
         kept = 0 if cache is None else cache.k[..., :first, :].numel() * 2
         assert moved == pytest.approx(4 * (read + kept), rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flash_attention_is_asserted(family, monkeypatch):
+    """Without padding it can be chosen; where it cannot (here: three dimensions) that is said."""
+    backbone, _ = load(DATA / family, "cpu")
+    bench.flash_attention(backbone, 16)
+    monkeypatch.setattr(backbone, "hidden", lambda e: F.scaled_dot_product_attention(e, e, e))
+    with pytest.raises(InputError, match="FlashAttention"):
+        bench.flash_attention(backbone, 16)
 
 
 def test_speed_measures_what_it_names(tmp_path, capsys):

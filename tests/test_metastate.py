@@ -232,8 +232,9 @@ def test_spans_may_differ_by_row(backbone):
     written, updated = memory.inject(e, s, t, spans), memory.update(s, e, t, spans)
     for i in range(2):
         row, span = slice(i, i + 1), (int(starts[i]), int(lengths[i]))
-        assert torch.allclose(written[row], memory.inject(e[row], s[row], t[row], span), atol=1e-5)
-        assert torch.allclose(updated[row], memory.update(s[row], e[row], t[row], span), atol=1e-5)
+        for both, alone in ((written, memory.inject(e[row], s[row], t[row], span)),
+                            (updated, memory.update(s[row], e[row], t[row], span))):
+            assert torch.allclose(both[row], alone, atol=1e-5 * float(alone.abs().max()))
 
 
 def steep(backbone: Backbone, slots: int) -> MetaState:
@@ -263,10 +264,11 @@ def test_a_steep_bias_ties_slots_to_their_positions(backbone):
 
 
 def test_heads_begin_local_and_global(backbone):
-    """Of four heads two are local at first, slopes 4 and 1, and two see everything alike."""
+    """Of four heads two are sharply local at first, slope 4, one less so, and one sees everything
+    alike."""
     memory = MetaState.for_backbone(backbone)
     for attention in (memory.mixer.attention, memory.injector.attention):
-        assert sorted(attention.slopes.tolist()) == [0.0, 0.0, 1.0, 4.0]
+        assert sorted(attention.slopes.tolist()) == [0.0, 1.0, 4.0, 4.0]
 
 
 def test_identities_make_slots_differ(backbone):
@@ -473,7 +475,7 @@ def test_right_padding_does_not_reach_the_loss(backbone, monkeypatch):
         loss.backward()
         outcomes.append([loss.detach(), *(p.grad.clone() for p in memory.parameters())])
     for alone, padded in zip(*outcomes):
-        assert torch.allclose(alone, padded, atol=1e-5, rtol=1e-3)
+        assert torch.allclose(alone, padded, atol=1e-4 * float(alone.abs().max()), rtol=1e-3)
 
 
 # ------------------------------------------------------------------ gradients
@@ -609,3 +611,21 @@ def test_the_fingerprint_tells_checkpoints_apart(backbones, family):
             p.copy_(kept)
     tuned.config = replace(tuned.config, rope_theta=tuned.config.rope_theta + 1)
     assert tuned.fingerprint() != original
+
+
+# ------------------------------------------------------------------ compiled
+def test_compiled_generation_is_the_same():
+    """The same tokens, memory and cache included, from a handful of graphs: full sequence and block
+    step of the block, of Mixer and Injector, and one Updater."""
+    backbone, _ = load(DATA / "dream", "cpu")
+    memory, graphs, samples = awake(backbone), [], []
+    prompt = torch.arange(20, 30).view(2, 5)
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        if compiled:
+            for module in (backbone, memory):
+                module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
+        samples.append(generate(backbone, prompt, memory=memory, gen_length=32, block_length=8,
+                                steps=32, cache="dual"))
+    assert torch.equal(samples[0].ids, samples[1].ids)
+    assert 0 < len(graphs) <= 7

@@ -316,6 +316,42 @@ def test_checkpointing_changes_nothing(family):
     assert (once, twice) == (3, 6)
 
 
+def test_the_head_in_parts_changes_nothing(backbone, monkeypatch):
+    """A large vocabulary's logits are made for a part of the positions at a time: same loss, same
+    gradients, and nothing as wide as the vocabulary is kept for the backward pass."""
+    memory, whole, V = awake(backbone), train.token_losses, backbone.config.vocab
+    wide, outcomes = [], []
+    for most in (2 ** 26, 4 * V * 3 + 1):
+        monkeypatch.setattr(train, "token_losses", lambda *a: whole(*a, most=most))
+        wide.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: wide.append(V in t.shape and t.dim() == 3) or t, lambda t: t):
+            loss = loss_of(backbone, memory, examples(), K=2)
+        outcomes.append((loss.item(), any(wide), grads_of(memory, loss)))
+    (plain, kept, grads), (same, still, again) = outcomes
+    assert plain == pytest.approx(same, rel=1e-6) and (kept, still) == (True, False)
+    assert_close(grads, again)
+
+
+def test_compiled_training_is_the_same():
+    """Two graphs each for the block and the memory's three parts: the first shape's, and one for
+    all others."""
+    backbone, _ = load(DATA / "llada", "cpu")
+    memory, graphs, outcomes = awake(backbone), [], []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            for module in (backbone, memory):
+                module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
+        for rows in (examples(), examples(((2, 9), (6, 3)))):
+            loss = loss_of(backbone, memory, rows, K=3)
+            outcomes.append((loss.item(), grads_of(memory, loss)))
+    for (loss, grads), (again, same) in zip(outcomes[:2], outcomes[2:]):
+        assert loss == pytest.approx(again, rel=1e-6)
+        assert_close(grads, same)
+    assert 0 < len(graphs) <= 8
+
+
 # ------------------------------------------------------------------ schedules
 def test_cosine():
     """A line up to 1 at the end of the warm-up, half way down in the middle, 0 at the end."""
@@ -1161,7 +1197,7 @@ def test_the_figures_are_those_of_all_micro_batches(run, tmp_path):
 
 @pytest.mark.parametrize("micros", [1, 2, 3, 4])
 def test_the_held_out_loss_is_of_many_examples(run, monkeypatch, micros):
-    """The four batches of an evaluation hold different examples, however many micro-batches a step
+    """The eight batches of an evaluation hold different examples, however many micro-batches a step
     has."""
     seen = []
 
@@ -1172,7 +1208,8 @@ def test_the_held_out_loss_is_of_many_examples(run, monkeypatch, micros):
 
     monkeypatch.setattr(train, "unrolled_loss", spy)
     run("--micros", micros, "--steps", 1)
-    assert len(seen) == 8 and len({tuple(i for i in row if i != 1) for row in seen}) == 8
+    assert len(seen) == 16  # of 80 examples 10 are held out, and all of these are among them
+    assert len({tuple(i for i in row if i != 1) for row in seen}) == 10
 
 
 @pytest.mark.parametrize("flags, words", [
