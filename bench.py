@@ -3,10 +3,14 @@
     python bench.py accuracy                       # tasks x step budgets, checkpoints/tiny
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
+    python bench.py memdlm --standard out/plain-0 out/plain-1 --memdlm out/memdlm-0 out/memdlm-1
 
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
 one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories the table
 has the frozen backbone beside MetaState and its controls, reset and shuffled.
+
+For MemDLM: accuracy by haystack length with fast weights off and on, held-out losses over training,
+and what a training step and a prompt cost; a folder that memdlm.py wrote for each training seed.
 
 Speed is said as a share of what the machine does in a matrix product and a copy, measured in the
 same run.
@@ -20,18 +24,20 @@ import random
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from memdlm import FastLoRA, Settings, adapted, outer_loss
 from metastate import MetaState
 from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
-                   compile_on, find, load, seed)
+                   compile_on, find, load, parse_json, read_lines, seed)
 from sample import answer_text, denoise, generate, left_pad
-from tiny import GEN_LENGTH, TASKS, Task, draw
-from train import unrolled_loss
+from tiny import GEN_LENGTH, KINDS, LENGTHS, TASKS, Haystack, Task, draw
+from train import task_batches, unrolled_loss
 
 
 # ------------------------------------------------------------------ accuracy
@@ -55,18 +61,21 @@ class Shuffled(Reset):
 
 
 def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[str],
-          batch_size: int = 250, **options) -> tuple[list[bool], list[int]]:
+          batch_size: int = 250, fast: Settings | None = None,
+          **options) -> tuple[list[bool], list[int]]:
     """Decode prompts and judge them: whether each is right, and the forwards each took until its
-    last token stood. Options are `generate`'s."""
+    last token stood. fast: store each prompt in fast weights of its own first. Options are
+    `generate`'s."""
     device, c = backbone.embedding.weight.device, backbone.config
     verdicts, forwards, batches = [], [], math.ceil(len(prompts) / batch_size)
     for i in range(batches):  # of equal size, give or take one
         part = prompts[i * len(prompts) // batches:(i + 1) * len(prompts) // batches]
         ids, pad = left_pad([tokenizer.encode(p) for p in part], c.pad_id, device)
         needed = torch.zeros(len(part), dtype=torch.long, device=device)
-        sample = generate(
-            backbone, ids, pad_mask=pad, gen_length=GEN_LENGTH, block_length=GEN_LENGTH,
-            on_step=lambda s: needed.masked_fill_(s.fresh.any(1), s.forwards), **options)
+        with adapted(backbone, fast, ids, pad):
+            sample = generate(
+                backbone, ids, pad_mask=pad, gen_length=GEN_LENGTH, block_length=GEN_LENGTH,
+                on_step=lambda s: needed.masked_fill_(s.fresh.any(1), s.forwards), **options)
         verdicts += [task.check(prompt, answer_text(row, tokenizer, c))
                      for prompt, row in zip(part, sample.ids[:, ids.shape[1]:])]
         forwards += needed.tolist()
@@ -374,7 +383,157 @@ def speed(args: argparse.Namespace) -> None:
                           "product_flops": product, "copy_bytes": copy, "rows": rows}))
 
 
+# ------------------------------------------------------------------ MemDLM
+def memdlm(args: argparse.Namespace) -> None:
+    """Accuracy by haystack length and kind, held-out losses over training, and costs, for groups of
+    checkpoints that differ in their training seed alone."""
+    groups = {"standard": args.standard, "MemDLM": args.memdlm, **dict(args.also)}
+    if len(groups) != 2 + len(args.also):
+        raise InputError("--also needs names of their own")
+    settings = {group: Settings.read(folders[0]) for group, folders in groups.items()}
+    models = {group: [load(folder, args.device) for folder in folders]
+              for group, folders in groups.items()}
+    variants = {f"{group}, {'on' if on else 'off'}": (group, settings[group] if on else None)
+                for group in groups for on in (False, True)}
+    shape = (len(args.kinds), len(args.lengths), args.prompts)
+    right = {v: np.zeros((len(groups[group]), *shape)) for v, (group, _) in variants.items()}
+    work = [(i, j) for i in range(len(args.kinds)) for j in range(len(args.lengths))]
+    for i, j in tqdm(work, disable=None):
+        task = Haystack(args.lengths[j], *KINDS[args.kinds[i]])
+        rng = random.Random(f"{args.seed} {args.kinds[i]} {args.lengths[j]}")
+        prompts = [draw(task, rng, held_out=True)[0] for _ in range(args.prompts)]
+        for v, (group, fast) in variants.items():
+            for k, (backbone, tokenizer) in enumerate(models[group]):
+                right[v][k, i, j], _ = solve(backbone, tokenizer, task, prompts, 50, fast,
+                                             steps=args.steps)
+
+    measured, every, rows, leads = Accuracies(right), list(range(len(args.kinds))), [], []
+    print("| asked for | trained, fast weights | " + " | ".join(map(str, args.lengths)) + " |")
+    print("|---" * (len(args.lengths) + 2) + "|")
+    for kind, chosen in [*((name, [i]) for i, name in enumerate(args.kinds)), ("mean", every)]:
+        for v in variants:
+            cells = [dict(zip(("accuracy", "low", "high"), measured(chosen, [j], v)),
+                          kind=kind, variant=v, length=length,
+                          seeds=[float(100 * x) for x in right[v][:, chosen, j].mean((1, 2))])
+                     for j, length in enumerate(args.lengths)]
+            rows += cells
+            print(f"| {kind} | {v} | " + " | ".join(
+                f"{c['accuracy']:.1f} ({c['low']:.0f}-{c['high']:.0f})" for c in cells) + " |")
+    print(f"\n{args.prompts} held-out prompts a kind and length, seed {args.seed}, {args.steps} "
+          "steps; % right (95% interval over training seeds and prompts); training seeds: "
+          + ", ".join(f"{group} {len(folders)}" for group, folders in groups.items()))
+    for v in list(variants)[1:]:
+        for j, length in [*enumerate(args.lengths), (None, "all lengths")]:
+            which = range(len(args.lengths)) if j is None else [j]
+            points, low, high = measured(every, list(which), v, "standard, off")
+            leads.append({"variant": v, "minus": "standard, off", "length": length,
+                          "points": points, "low": low, "high": high})
+            print(f"{v} - standard, off, {length}: {points:+.1f} points ({low:+.1f} to "
+                  f"{high:+.1f})")
+
+    curves = held_out_curves(groups)
+    costs = memdlm_costs(args, models["standard"][0], settings["MemDLM"])
+    if args.json:
+        print(json.dumps({"seed": args.seed, "prompts": args.prompts, "steps": args.steps,
+                          "groups": groups, "rows": rows, "leads": leads, "held_out": curves,
+                          "costs": costs}))
+
+
+def held_out_curves(groups: dict[str, list[str]], most: int = 10) -> list[dict]:
+    """Print and return the held-out losses in the metrics of each group's runs, at `most` of the
+    steps at which they were measured."""
+    curves = []
+    for group, folders in groups.items():
+        runs = []
+        for folder in folders:
+            path = Path(folder) / "metrics.jsonl"
+            lines = [parse_json(text, where) for where, text in read_lines(path)]
+            runs.append({line["step"]: line for line in lines if "held_out" in line})
+        steps = sorted(set.intersection(*map(set, runs)))
+        for step in steps:
+            for key in ("held_out", "held_out_adapted"):
+                losses = [run[step][key] for run in runs]
+                curves.append({"group": group, "step": step, "loss": key, "seeds": losses,
+                               "mean": statistics.fmean(losses)})
+    print("\n| trained | updates | held-out loss, fast weights off | adapted to the very tokens it "
+          "scores: no measure of quality |\n|---|---|---|---|")
+    for group in groups:
+        mine = [c for c in curves if c["group"] == group]
+        pairs = list(zip(mine[::2], mine[1::2]))
+        for i in sorted({round(x) for x in np.linspace(0, len(pairs) - 1, most)} if pairs else ()):
+            print(f"| {group} | {pairs[i][0]['step']} | " + " | ".join(
+                f"{c['mean']:.4f} ({min(c['seeds']):.4f}-{max(c['seeds']):.4f})"
+                for c in pairs[i]) + " |")
+    print("mean over training seeds (least-most)")
+    return curves
+
+
+def memdlm_costs(args: argparse.Namespace, model, settings: Settings) -> list[dict]:
+    """Seconds of a training step (full tuning) and of answering one prompt, relative to standard;
+    printed and returned."""
+    (backbone, tokenizer), rows = model, []
+    c, device = backbone.config, backbone.embedding.weight.device
+    clock, fast = Clock(device, 2, args.repeat), FastLoRA(backbone, settings)
+    tasks = {kind: Haystack(args.train_length, *KINDS[kind]) for kind in args.kinds}
+    ids, answer, _ = task_batches(tokenizer, c.eos_id, args.batch_size, 1, args.seed, tasks)(0, 0)
+    ids, answer = ids.to(device), answer.to(device)
+    backbone.requires_grad_()
+
+    def update(chosen: FastLoRA | None):
+        backbone.zero_grad()
+        fast.detach()
+        outer_loss(backbone, ids, answer, chosen,
+                   torch.Generator().manual_seed(0)).backward()
+
+    def answer_one(prompt: torch.Tensor, chosen: Settings | None):
+        with adapted(backbone, chosen, prompt):
+            generate(backbone, prompt, gen_length=GEN_LENGTH, block_length=GEN_LENGTH,
+                     steps=args.steps)
+
+    works = [(f"training step, {args.batch_size} haystacks of {args.train_length}",
+              lambda: update(None), lambda: update(fast))]
+    for length in args.lengths:
+        text = Haystack(length, *KINDS[args.kinds[0]]).make(random.Random(args.seed))[0]
+        prompt = torch.tensor([tokenizer.encode(text)], device=device)
+        works.append((f"prompt, haystack of {length}, {args.steps} steps",
+                      lambda prompt=prompt: answer_one(prompt, None),
+                      lambda prompt=prompt: answer_one(prompt, settings)))
+    print("\n| what | standard, ms | with fast weights, ms | times as long |\n|---|---|---|---|")
+    for what, plain, with_fast in works:
+        off, on = clock(plain), clock(with_fast)
+        fast.detach()
+        rows.append({"what": what, "standard": off, "fast": on,
+                     "relative": on["seconds"] / off["seconds"]})
+        print(f"| {what} | " + " | ".join(
+            f"{1e3 * x['seconds']:.3g} ({1e3 * x['low']:.3g}-{1e3 * x['high']:.3g})"
+            for x in (off, on)) + f" | {rows[-1]['relative']:.2f} |")
+    backbone.requires_grad_(False)
+    return rows
+
+
 # ------------------------------------------------------------------ command line
+def _kinds(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in KINDS:
+            raise argparse.ArgumentTypeError(f"unknown kind {name!r}: one of {', '.join(KINDS)}")
+    return names
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = [_count(n) for n in text.split(",")]
+    if min(lengths) < 4 * Haystack.pairs:
+        raise argparse.ArgumentTypeError(f"a haystack has at least {4 * Haystack.pairs} tokens")
+    return lengths
+
+
+def _group(text: str) -> tuple[str, list[str]]:
+    name, _, folders = text.partition("=")
+    if not name or not folders:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER,FOLDER,...")
+    return name, folders.split(",")
+
+
 def _names(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -410,7 +569,7 @@ def _budgets(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Make the table that the command line asks for; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="accuracy | speed")
+    commands = parser.add_subparsers(required=True, metavar="accuracy | speed | memdlm")
     p = commands.add_parser("accuracy", help="tasks x step budgets")
     p.set_defaults(run=accuracy)
     p.add_argument("--ckpt", default="tiny", help="checkpoint that was trained on the tasks")
@@ -437,12 +596,27 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--warmup", type=_count, default=2, help="runs before those that count, after "
                    "the very first")
     q.add_argument("--repeat", type=_count, default=5, help="runs that count")
-    for each in (p, q):
+    m = commands.add_parser("memdlm", help="fast weights off and on: accuracy, losses, cost")
+    m.set_defaults(run=memdlm)
+    m.add_argument("--standard", nargs="+", metavar="FOLDER", required=True,
+                   help="what memdlm.py train --plain wrote, one folder per training seed")
+    m.add_argument("--memdlm", nargs="+", metavar="FOLDER", required=True, help="without --plain")
+    m.add_argument("--also", type=_group, action="append", default=[], metavar="NAME=FOLDER,...",
+                   help="further groups: ablations, standard at equal compute")
+    m.add_argument("--kinds", type=_kinds, default=list(KINDS), help="comma-separated")
+    m.add_argument("--lengths", type=_lengths, default=list(LENGTHS), help="tokens of a haystack")
+    m.add_argument("--prompts", type=_count, default=200, help="held-out prompts a kind and length")
+    m.add_argument("--steps", type=_count, default=GEN_LENGTH, help="denoising steps")
+    m.add_argument("--train-length", type=_count, default=64, help="haystack of the timed step")
+    m.add_argument("--batch-size", type=_count, default=16, help="of the timed training step")
+    m.add_argument("--repeat", type=_count, default=5, help="timed runs that count")
+    for each in (p, q, m):
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
         each.add_argument("--json", action="store_true", help="one JSON object as the last line")
         each.add_argument("--compile", action=argparse.BooleanOptionalAction,
                           help="torch.compile (default: on CUDA)")
         each.add_argument("--device", help="default: cuda where there is one")
+    for each in (p, q):
         each.add_argument("--dtype", choices=DTYPES,
                           help="default: bfloat16 on CUDA, else as stored")
     args = parser.parse_args(argv)

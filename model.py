@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "tiny": HERE / "checkpoints" / "tiny",
+    "haystack": HERE / "checkpoints" / "haystack",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
     "llada-1.5": "GSAI-ML/LLaDA-1.5",

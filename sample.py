@@ -12,6 +12,7 @@ Fast-dLLM's confidence threshold are one loop that differs in which positions a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -479,6 +480,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: "
                        "some seconds at first, faster then (default: on CUDA)")
     model.add_argument("--memory", metavar="FILE", help="a MetaState memory trained for it")
+    model.add_argument("--fast-weights", nargs="?", const="", metavar="FOLDER", help="store the "
+                       "prompt in fast weights first (memdlm.py), with the settings that FOLDER "
+                       "holds (default: --ckpt), else the published ones")
     model.add_argument("--compare", action="store_true", help="without the memory, then with it")
     how = p.add_argument_group("how to decode")
     how.add_argument("--gen-length", type=int, help="positions to write (default: the checkpoint's "
@@ -575,7 +579,9 @@ def main(argv: list[str] | None = None) -> int:
     if block_length is None:
         block_length = length if length % 32 else 32
     memory = MetaState.load(args.memory, backbone) if args.memory else None
-    compile_on(device, args.compile, backbone, memory)
+    prepare = fast_weights(args, backbone)
+    # fast weights come and go, and compiled code would not see them
+    compile_on(device, args.compile if args.fast_weights is None else False, backbone, memory)
     options = dict(
         memory=memory, gen_length=length, block_length=block_length,
         steps=length if args.steps is None else args.steps, order=args.order,
@@ -587,15 +593,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.prompts is not None:
         options["generator"].manual_seed(args.seed)
-        answer_file(args, backbone, tokenizer, options)
+        answer_file(args, backbone, tokenizer, options, prepare)
         return 0
     task = None
     if args.prompt is None:
-        from tiny import TASKS, draw  # the tasks that the tiny model was trained on
-        name = args.task or "sudoku"
-        if name not in TASKS:
-            raise InputError(f"unknown task {name!r}: one of {', '.join(TASKS)}")
-        task = TASKS[name]
+        from tiny import draw, find_task  # the tasks that our own models were trained on
+        task = find_task(args.task or "sudoku")
         args.prompt, _ = draw(task, random.Random(args.seed), held_out=True)
     ids = torch.tensor([encode(tokenizer, args.prompt, args.raw)], device=device)
     if not args.quiet and task:
@@ -606,7 +609,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'with' if chosen else 'without'} memory:", flush=True)
         options["generator"].manual_seed(args.seed)
         view = None if args.quiet else LiveView(tokenizer, c, ids.shape[1], sys.stdout, delay)
-        sample = generate(backbone, ids, on_step=view, **{**options, "memory": chosen})
+        with prepare(ids, None):
+            sample = generate(backbone, ids, on_step=view, **{**options, "memory": chosen})
         answer = sample.ids[:, ids.shape[1]:]
         text = answer_text(answer[0], tokenizer, c)
         if view is None or not view.terminal:
@@ -618,14 +622,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def answer_file(args, backbone: Backbone, tokenizer: Tokenizer, options: dict) -> None:
+def fast_weights(args, backbone: Backbone) -> Callable:
+    """prepare(prompt, pad_mask): within, the backbone has stored the prompt in fast weights, or is
+    as it was where --fast-weights is not given."""
+    if args.fast_weights is None:
+        return lambda prompt, pad_mask: contextlib.nullcontext()
+    from memdlm import Settings, adapted  # here, because memdlm trains with what imports this file
+    settings = Settings.read(args.fast_weights or args.ckpt)
+    return lambda prompt, pad_mask: adapted(backbone, settings, prompt, pad_mask, args.seed)
+
+
+def answer_file(args, backbone: Backbone, tokenizer: Tokenizer, options: dict,
+                prepare: Callable) -> None:
     """Answer the prompts of a file in batches, one JSON object a line on stdout."""
     c = backbone.config
     prompts = read_prompts(args.prompts, tokenizer, args.raw, c.max_len - options["gen_length"])
     for i in range(0, len(prompts), args.batch_size):
         batch = prompts[i:i + args.batch_size]
         ids, pad = left_pad([row for _, row in batch], c.pad_id, backbone.embedding.weight.device)
-        sample = generate(backbone, ids, pad_mask=pad, **options)
+        with prepare(ids, pad):
+            sample = generate(backbone, ids, pad_mask=pad, **options)
         for (prompt, _), answer in zip(batch, sample.ids[:, ids.shape[1]:]):
             print(json.dumps({
                 "prompt": prompt, "text": answer_text(answer, tokenizer, c),

@@ -2,7 +2,9 @@
 model in checkpoints/tiny that everyone can run.
 
     python tiny.py pretrain                 # train checkpoints/tiny from nothing; resumes if killed
+    python tiny.py pretrain --task haystack # the same for checkpoints/haystack
     python tiny.py show --task chain        # a few held-out prompts with their answers
+    python tiny.py show --task track4-128   # four hops through a haystack of 128 tokens
 
 A task is an object with `make(rng) -> (prompt, answer)` and `check(prompt, text) -> bool`. The
 check judges the answer by the rules of the task, never by comparing strings. To add one, write a
@@ -15,6 +17,7 @@ import hashlib
 import itertools
 import json
 import random
+import string
 import sys
 from pathlib import Path
 from typing import Protocol, Sequence
@@ -187,6 +190,71 @@ STAGE = 8000
 FIRST = {"sums": Sums(most=3)}
 
 
+class Haystack:
+    """`length` tokens of filler with eight assignments "K=v" scattered in it, and a query. Asked
+    for needles, the answer is their values; asked to track, it follows one variable through as many
+    assignments "C=B", "B=7" until a digit comes. Half of the assignments that nobody asks for name
+    another one of them, so that a letter behind "=" gives nothing away.
+
+    The query has one width, so that each of the answer's tokens has its counterpart in it 16
+    before: a model this small learns to look there (`HAYSTACK_OFFSETS`)."""
+
+    names, pairs, slots = string.ascii_uppercase, 8, 4
+
+    def __init__(self, length: int, needles: int, track: bool = False):
+        if length < 4 * self.pairs:
+            raise InputError(f"a haystack has at least {4 * self.pairs} tokens, not {length}")
+        self.length, self.needles, self.track = length, needles, track
+
+    def make(self, rng):
+        names = rng.sample(self.names, self.pairs)
+        asked, others = names[:self.needles], names[self.needles:]
+        value = {name: str(rng.randrange(10)) for name in names}
+        value |= {name: rng.choice(others) for name in others if rng.random() < 0.5}
+        if self.track:
+            value |= dict(zip(asked, asked[1:]))
+        words, rest = divmod(self.length - 4 * self.pairs, 3)
+        pieces = [f"{name}={value[name]} " for name in names]
+        # two letters a word: of three the tokenizer might make fewer tokens
+        pieces += ["".join(rng.choices(string.ascii_lowercase, k=2)) + " " for _ in range(words)]
+        rng.shuffle(pieces)
+        query = " ".join(f"{name}=?" for name in (asked[:1] if self.track else asked))
+        prompt = f"{''.join(pieces)}{'.' * rest}\n{query.ljust(4 * self.slots - 1)}\n"
+        return prompt, " ".join(f"{name}={value[name]}" for name in asked)
+
+    def check(self, prompt, text):
+        hay, query = prompt.splitlines()
+        value = dict(word.rstrip(".").split("=") for word in hay.split() if "=" in word)
+        todo, right = [word[0] for word in query.split()], []
+        while todo:
+            name = todo.pop(0)
+            right.append(f"{name}={value[name]}")
+            if value[name] in value:
+                todo.insert(0, value[name])
+        return text.split() == right
+
+    def split_key(self, prompt, answer):
+        return prompt
+
+
+# Not among TASKS: checkpoints/tiny knows nothing of them, checkpoints/haystack only these. Kind ->
+# what is asked for; the length is in the name, and a haystack of any length can be made.
+KINDS = {"needle1": (1,), "needle2": (2,), "needle4": (4,), "track2": (2, True),
+         "track4": (4, True)}
+LENGTHS = (32, 64, 128, 256)  # training is at 64
+HAYSTACK: dict[str, Task] = {f"{kind}-{length}": Haystack(length, *asked)
+                             for length in LENGTHS for kind, asked in KINDS.items()}
+SHORT = (32, 40, 48)  # lengths that checkpoints/haystack is pretrained on
+
+
+def find_task(name: str) -> Task:
+    """The task of that name, from either list; an `InputError` names them."""
+    task = TASKS.get(name) or HAYSTACK.get(name)
+    if task is None:
+        raise InputError(f"unknown task {name!r}: one of {', '.join([*TASKS, *HAYSTACK])}")
+    return task
+
+
 def is_held_out(task: Task, prompt: str, answer: str) -> bool:
     """One example in eight is held out, by a hash of the task's split key: training and held-out
     data are disjoint whatever seed they are drawn with."""
@@ -212,6 +280,8 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "rope_theta": 300.0, "rope_full_precision": True, "max_sequence_length": 256,
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
+LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
+HAYSTACK_OFFSETS = (-2, 2, -16, -18)  # the key before a value, and the answer's place in the query
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
 VOCAB = 1000  # no tokenizer made here is larger; ours has 275 tokens
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
@@ -232,18 +302,19 @@ def build_tokenizer() -> Tokenizer:
     return Tokenizer(core)
 
 
-def build_config(tokenizer: Tokenizer) -> dict:
-    """The tiny model's config.json."""
+def build_config(tokenizer: Tokenizer, **changes) -> dict:
+    """The tiny model's config.json, with `changes`."""
     _, eos, mask = (tokenizer.vocab[s] for s in SPECIAL)
-    return {**CONFIG, "vocab_size": len(tokenizer.vocab), "mask_token_id": mask,
+    return {**CONFIG, **changes, "vocab_size": len(tokenizer.vocab), "mask_token_id": mask,
             "eos_token_id": eos, "pad_token_id": eos}
 
 
-def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path) -> None:
-    """The whole checkpoint: config.json, generation_config.json, tokenizer.json and weights."""
+def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path, **changes) -> None:
+    """The whole checkpoint: config.json (with `changes`), generation_config.json, tokenizer.json
+    and weights."""
     stated = {"bos_token_id": tokenizer.vocab[SPECIAL[0]], "eos_token_id": backbone.config.eos_id,
               "max_new_tokens": GEN_LENGTH}
-    for name, fields in (("config.json", build_config(tokenizer)),
+    for name, fields in (("config.json", build_config(tokenizer, **changes)),
                          ("generation_config.json", stated)):
         text = json.dumps(fields, indent=2) + "\n"
         write_atomic(folder / name, lambda p: p.write_text(text, encoding="utf-8"))
@@ -321,55 +392,65 @@ def two_stages(step: int, steps: int, warmup: int) -> float:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train the tiny model from nothing and write it to `args.out`."""
-    out, device = Path(args.out), torch.device(args.device)
-    tokenizer = build_tokenizer()
-    config = Config.from_dict(build_config(tokenizer))
+    """Train the tiny model, or the one for haystacks, from nothing and write it to `args.out`."""
+    hay, device = args.task == "haystack", torch.device(args.device)
+    out = Path(args.out or CHECKPOINTS["haystack" if hay else "tiny"])
+    steps = args.steps if args.steps is not None else 3000 if hay else 10500
+    tokenizer, changes = build_tokenizer(), LONGER if hay else {}
+    config = Config.from_dict(build_config(tokenizer, **changes))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
-    look_nearby(backbone, OFFSETS)
+    look_nearby(backbone, HAYSTACK_OFFSETS if hay else OFFSETS)
     backbone.to(device)
-    names = list(TASKS)
+    tasks = TASKS if not hay else {kind: Haystack(SHORT[-1], *KINDS[kind]) for kind in KINDS}
+    names = [*tasks, *(["text"] if hay else [])]
 
     def loss_fn(step: int, micro: int):  # one task per micro-batch: no padding
         name, generator = names[micro], torch.Generator()
         rng = random.Random(f"{args.seed} {step} {micro}")
         generator.manual_seed(rng.getrandbits(60))
-        task = FIRST[name] if step < STAGE and name in FIRST else TASKS[name]
+        if hay:
+            kind = rng.choice(list(KINDS)) if name == "text" else name
+            task = Haystack(rng.choice(SHORT), *KINDS[kind])
+        else:
+            task = FIRST[name] if step < STAGE and name in FIRST else TASKS[name]
         if name in EASIER and rng.random() > step / CURRICULUM:
             task = rng.choice(EASIER[name])
         # a quarter of the steps has a longer tail of EOS, so that other lengths work too
         length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
         size = args.batch_size if name in EASIER else args.batch_size // 2  # these learn sooner
         data = batch(task, tokenizer, rng, size, False, config.eos_id, length)
+        if name == "text":  # masks anywhere, as in LLaDA's own pretraining: nothing but answer
+            text = torch.cat(data[:2], 1)
+            data = text[:, :0], text, None
         loss = llada_loss(backbone, *move(data, device), generator)
         return loss, {name: loss.item()}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         figures = {}
-        for name, task in TASKS.items():
+        for name, task in tasks.items():
             data = batch(task, tokenizer, random.Random(0), 256, True, config.eos_id)
             generator = torch.Generator().manual_seed(0)
             loss = llada_loss(backbone, *move(data, device), generator)
             figures[f"held_out_{name}"] = loss.item()
         return figures
 
-    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
-        lr=args.lr, schedule=two_stages, warmup=200, clip=0.25, micros=len(names),
-        evaluate=evaluate,
-        settings={"batch_size": args.batch_size, "lr": args.lr, "seed": args.seed})
+    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=steps,
+        lr=args.lr, schedule=trapezoid if hay else two_stages, warmup=200, clip=0.25,
+        micros=len(names), evaluate=evaluate,
+        settings={"batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
+                  **({"task": args.task} if hay else {})})
     if processes()[0] == 0:
-        write_folder(backbone, tokenizer, out)
+        write_folder(backbone, tokenizer, out, **changes)
         print(f"wrote {out}, {config.parameters:,} parameters")
 
 
 def show(args: argparse.Namespace) -> None:
     """Print held-out prompts with a right answer each."""
-    if args.task not in TASKS:
-        raise InputError(f"unknown task {args.task!r}: one of {', '.join(TASKS)}")
+    task = find_task(args.task)
     rng = random.Random(args.seed)
     for _ in range(args.number):
-        prompt, answer = draw(TASKS[args.task], rng, held_out=True)
+        prompt, answer = draw(task, rng, held_out=True)
         print(prompt + answer + "\n")
 
 
@@ -380,16 +461,19 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="pretrain | show")
     p = commands.add_parser("pretrain", help="train the tiny model")
     p.set_defaults(run=pretrain)
-    p.add_argument("--out", default=str(CHECKPOINTS["tiny"]), help="folder of the checkpoint")
-    p.add_argument("--steps", type=int, default=10500, help="updates, the first "
-                   f"{STAGE} of them with easier sums")
+    p.add_argument("--task", choices=("tiny", "haystack"), default="tiny",
+                   help="the four tasks of checkpoints/tiny, or short haystacks")
+    p.add_argument("--out", help="folder of the checkpoint (default: checkpoints/tiny, or "
+                   "checkpoints/haystack)")
+    p.add_argument("--steps", type=int, help=f"updates (default: 10500, the first {STAGE} of them "
+                   "with easier sums; 3000 for haystacks)")
     p.add_argument("--batch-size", type=int, default=32, help="examples of each task per update")
     p.add_argument("--lr", type=float, default=6e-4, help="peak learning rate of AdamW")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p = commands.add_parser("show", help="print held-out examples")
     p.set_defaults(run=show)
-    p.add_argument("--task", default="sudoku", help=", ".join(TASKS))
+    p.add_argument("--task", default="sudoku", help=", ".join([*TASKS, *HAYSTACK]))
     p.add_argument("--number", type=int, default=3)
     p.add_argument("--seed", type=seed, default=0)
     args = parser.parse_args(argv)

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from metastate import MetaState
-from model import (DTYPES, Backbone, InputError, Parser, Tokenizer, command, compile_on, load,
-                   parse_json, read_lines, read_tensors, save_tensors, seed, write_atomic)
+from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, compile_on,
+                   load, parse_json, read_lines, read_tensors, save_tensors, seed, write_atomic)
 from sample import denoise
 
 
@@ -278,15 +278,17 @@ def move(data, device):
     return [None if x is None else x.to(device) for x in data]
 
 
-def task_batches(tokenizer: Tokenizer, eos_id: int, size: int, micros: int, seed: int):
+def task_batches(tokenizer: Tokenizer, eos_id: int, size: int, micros: int, seed: int,
+                 tasks: dict | None = None):
     """batch(step, micro, held_out) -> (ids, answer_mask, pad_mask) of the tiny model's own tasks,
-    one task per micro-batch in turn."""
+    or of others, one task per micro-batch in turn."""
     from tiny import TASKS, batch
-    names = list(TASKS)
+    tasks = TASKS if tasks is None else tasks
+    names = list(tasks)
 
     def draw(step: int, micro: int, held_out: bool = False):
         rng = random.Random(f"{seed} {step} {micro}")
-        task = TASKS[names[(step * micros + micro) % len(names)]]
+        task = tasks[names[(step * micros + micro) % len(names)]]
         prompts, answers, pad = batch(task, tokenizer, rng, size, held_out, eos_id)
         ids = torch.cat([prompts, answers], 1)
         answer = torch.arange(ids.shape[1]) >= prompts.shape[1]
@@ -382,6 +384,23 @@ def tulu(seed: int, number: int = 50_000) -> Path:
     return path
 
 
+def choose_data(args: argparse.Namespace, tokenizer: Tokenizer, config: Config,
+                tasks: dict | None = None):
+    """The batches that a training command asks for: the file of --data, else the tasks of a model
+    that knows them, else the Tulu-3 mixture."""
+    if args.data is None and knows_tasks(tokenizer):
+        return task_batches(tokenizer, config.eos_id, args.batch_size, args.micros, args.seed,
+                            tasks)
+    rank, world = processes()
+    if args.data is None and rank == 0:
+        tulu(args.seed)
+    if world > 1:
+        dist.barrier()  # one process prepares the file, all read it
+    examples = read_examples(args.data or tulu(args.seed), tokenizer, config.eos_id,
+                             min(args.max_length, config.max_len))
+    return file_batches(examples, config.pad_id, args.batch_size, args.micros, args.seed)
+
+
 # ------------------------------------------------------------------ command line
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; raises `InputError` for values that make no sense."""
@@ -433,7 +452,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Train, resume or finish the run in --out; returns the exit code."""
     args = parse(argv)
-    rank, world = processes()
+    rank, _ = processes()
     device = args.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -446,16 +465,7 @@ def main(argv: list[str] | None = None) -> int:
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
         generator=torch.Generator().manual_seed(args.seed)).to(device)
     compile_on(device, args.compile, backbone, memory)
-    if args.data is None and knows_tasks(tokenizer):
-        draw = task_batches(tokenizer, c.eos_id, args.batch_size, args.micros, args.seed)
-    else:
-        if args.data is None and rank == 0:
-            tulu(args.seed)
-        if world > 1:
-            dist.barrier()  # one process prepares the file, all read it
-        examples = read_examples(args.data or tulu(args.seed), tokenizer, c.eos_id,
-                                 min(args.max_length, c.max_len))
-        draw = file_batches(examples, c.pad_id, args.batch_size, args.micros, args.seed)
+    draw = choose_data(args, tokenizer, c)
     count = sum(p.numel() for p in memory.parameters())
     if rank == 0:
         print(f"memory: {count:,} parameters, {100 * count / c.parameters:.2f}% of the backbone's")
