@@ -174,7 +174,7 @@ def print_summary(measured: dict[str, dict[str, list[np.ndarray]]]) -> None:
     """Means by distance (and spread over prompts), variants beneath each other; then the strips."""
     first = next(iter(measured.values()))
     many, n, labels = len(first["top1"]) > 1, len(first["top1"][0]), PAPER | OURS
-    margin, cell = max(map(len, measured)) + 9, 16 if many else 9
+    margin, cell = max(map(len, measured)) + 10, 13 if many else 9
     if many or len(measured) > 1:  # else it is the table of tokens once more
         tables = {(v, name): by_distance(x, math.ceil(n / ROWS))
                   for v, rows in measured.items() for name, x in rows.items()}
@@ -184,8 +184,8 @@ def print_summary(measured: dict[str, dict[str, list[np.ndarray]]]) -> None:
             for variant in measured:
                 cells = [tables[variant, name][i] for name in first]
                 print((f"{at:<9}{variant:{margin - 9}}" + "".join(
-                    f"{'':>{cell}}" if c["mean"] is None else f"{c['mean']:>9.3f}" + (
-                        f" ({c['sd']:.2f})" if many else "") for c in cells)).rstrip())
+                    f"{'':>{cell}}" if c["mean"] is None else f"{c['mean']:6.2f} ({c['sd']:.2f})"
+                    if many else f"{c['mean']:9.3f}" for c in cells)).rstrip())
         print()
     width = max(8, min(n, shutil.get_terminal_size().columns - margin - 16))
     for name in first:
@@ -207,7 +207,8 @@ def plot(figure, measured: dict[str, dict[str, list[np.ndarray]]], path: str) ->
             axes.plot(x, mean, label=variant)
             axes.fill_between(x, mean - sd, mean + sd, alpha=0.2)
     axes.set_xlabel("distance from the prompt")
-    figure.axes[0].legend(fontsize=8)
+    if len(measured) > 1:
+        figure.axes[0].legend(fontsize=8)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
@@ -260,38 +261,37 @@ def trap_memory(backbone: Backbone, seed: int = 0) -> MetaState:
     ids = torch.tensor([PROMPT + row for row in DATA] * 8)            # (16, 4)
     answer = (torch.arange(4) > 0).expand(ids.shape)
     _fit(memory, lambda g: unrolled_loss(backbone, memory, ids, answer, K=3, generator=g),
-         seed, 200, 3e-3)
+         seed, 100, 3e-3)
     return memory
 
 
 @torch.no_grad()
 def outcomes(backbone: Backbone, ids: torch.Tensor, counts: Sequence[int],
-             memory: MetaState | None = None, state: torch.Tensor | None = None,
-             span: tuple[int, int] | None = None) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence that decoding ids (1, T) can end in, by enumeration: step s
-    commits counts[s] of the masked positions, any of them alike, each drawn from its distribution
-    at temperature 1 without the mask token. Branches below 1e-9 are left out."""
+             memory: MetaState | None = None) -> dict[tuple[int, ...], float]:
+    """The probability of every sequence that decoding ids (1, T) can end in, by enumeration: step s
+    commits counts[s] masked positions, any of them alike, each drawn from its own distribution
+    (temperature 1, without the mask token). Rows are branches; a step multiplies them."""
     mask_id = backbone.config.mask_id
-    where = (ids[0] == mask_id).nonzero()[:, 0]                       # (n,)
-    span = span or (int(where[0]), len(where))
-    if memory is not None and state is None:
-        state = memory.initial(1)
-    logits, state = denoise(backbone, ids, where[None], memory=memory, state=state, span=span)
-    logits[..., mask_id] = -torch.inf
-    p = torch.softmax(logits[0].double(), -1).tolist()                # n x V
+    words = [i for i in range(backbone.config.vocab) if i != mask_id]
+    masked = (ids[0] == mask_id).nonzero()[:, 0]
+    span, weight = (int(masked[0]), len(masked)), torch.ones(1, dtype=torch.float64)
+    state = None if memory is None else memory.initial(1)
+    for count in counts:
+        where = (ids == mask_id).nonzero()[:, 1].view(len(ids), -1)               # (N, n)
+        logits, state = denoise(backbone, ids, where, memory=memory, state=state, span=span)
+        logits[..., mask_id] = -torch.inf
+        p, branches = torch.softmax(logits.double(), -1), []                      # (N, n, V)
+        subsets = list(itertools.combinations(range(where.shape[1]), count))
+        for subset, drawn in itertools.product(subsets, itertools.product(words, repeat=count)):
+            chance = p[:, list(subset), list(drawn)].prod(-1) / len(subsets)      # (N,)
+            after = ids.scatter(1, where[:, list(subset)],
+                                torch.tensor([drawn]).expand(len(ids), -1))
+            branches.append((after, weight * chance))
+        ids, weight = (torch.cat(part) for part in zip(*branches))                # (N', T), (N',)
+        state = None if state is None else state.repeat(len(branches), 1, 1)
     found: dict[tuple[int, ...], float] = {}
-    subsets = list(itertools.combinations(range(len(where)), counts[0]))
-    for subset in subsets:
-        for tokens in itertools.product(range(len(p[0])), repeat=counts[0]):
-            share = math.prod(p[i][token] for i, token in zip(subset, tokens)) / len(subsets)
-            if share < 1e-9:
-                continue
-            after = ids.clone()
-            after[0, where[list(subset)]] = torch.tensor(tokens)
-            rest = outcomes(backbone, after, counts[1:], memory, state, span) \
-                if len(counts) > 1 else {tuple(after[0].tolist()): 1.0}
-            for sequence, chance in rest.items():
-                found[sequence] = found.get(sequence, 0.0) + share * chance
+    for sequence, chance in zip(ids.tolist(), weight.tolist()):
+        found[tuple(sequence)] = found.get(tuple(sequence), 0.0) + chance
     return found
 
 
