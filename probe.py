@@ -254,14 +254,14 @@ def trap_model(seed: int = 0) -> Backbone:
     return backbone
 
 
-def trap_memory(backbone: Backbone, seed: int = 0) -> MetaState:
+def trap_memory(backbone: Backbone, seed: int = 0, updates: int = 200) -> MetaState:
     """A MetaState memory for it, by K-step unrolling: K = 3, one step per word."""
     memory = MetaState.for_backbone(backbone, slots=4, width=32,
                                     generator=torch.Generator().manual_seed(seed))
     ids = torch.tensor([PROMPT + row for row in DATA] * 8)            # (16, 4)
     answer = (torch.arange(4) > 0).expand(ids.shape)
     _fit(memory, lambda g: unrolled_loss(backbone, memory, ids, answer, K=3, generator=g),
-         seed, 100, 3e-3)
+         seed, updates, 3e-3)
     return memory
 
 

@@ -370,9 +370,9 @@ def test_the_plot_needs_matplotlib_alone(text_ckpt, tmp_path, monkeypatch, capsy
 # ------------------------------------------------------------------ the marginal trap
 @pytest.fixture(scope="module")
 def trapped():
-    """The fitted model and its memory."""
+    """The fitted model and its memory, which is trained for less long than the command's."""
     backbone = tool.trap_model()
-    return backbone, tool.trap_memory(backbone)
+    return backbone, tool.trap_memory(backbone, updates=60)
 
 
 class Perfect(Known):
