@@ -406,7 +406,7 @@ def test_the_exact_values(counts, unseen, kl):
     chances = outcomes(Perfect(), blank(), counts)
     assert sum(chances.values()) == pytest.approx(1)
     if counts == (3,):
-        assert sorted(chances.values()) == pytest.approx([1 / 8] * 8)
+        assert [q for q in chances.values() if q > 0] == pytest.approx([1 / 8] * 8)
 
 
 @pytest.mark.parametrize("used", ["without", "with"])
