@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, EOS_ID, FAMILIES, MASK_ID
+from conftest import DATA, EOS_ID, FAMILIES, MASK_ID, boosted
 from safetensors.torch import load_file
 from test_metastate import awake
 
@@ -19,7 +19,7 @@ import probe as tool
 from metastate import MetaState
 from model import InputError, load
 from probe import exact, metrics, outcomes, probe, probe_after, strip, trap_row, unigram_of
-from sample import denoise, generate, left_pad
+from sample import denoise, generate
 
 CPU = ["--device", "cpu"]
 LN2 = math.log(2)
@@ -117,6 +117,9 @@ def test_after_k_steps(backbone):
                                   torch.Generator().manual_seed(5))
     assert distance.tolist() == (where - 10).tolist() and len(distance) == 4
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    with boosted(backbone, MASK_ID, 50.0):  # the mask token is probable, and is no candidate
+        distance, found = probe_after(backbone, prompt(11), 10, 2, None, 4)
+    assert len(distance) == 4 and (found[:, MASK_ID] > 0.9).all()
 
 
 def test_memory_off_and_on(backbone):
