@@ -11,7 +11,7 @@ from typing import Callable
 
 import pytest
 import torch
-from conftest import DATA, EOS_ID, FAMILIES, MASK_ID
+from conftest import DATA, EOS_ID, MASK_ID
 from safetensors.torch import load_file
 from test_metastate import awake
 from torch.func import functional_call
@@ -23,7 +23,6 @@ import tiny
 import train
 from memdlm import (PARTS, FastLoRA, LoRA, Settings, adapt, adapt_prompt, adapted, anchor_and_pre,
                     draw_masks, outer_loss)
-from metastate import MetaState
 from model import Backbone, Config, InputError, load
 from sample import generate, left_pad
 
