@@ -1,6 +1,7 @@
 """The accuracy bench: who is compared with whom, what counts as a forward, and the intervals."""
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from metastate import MetaState
-from model import Cache, InputError, load
+from model import DREAM_7B, LLADA_8B, Backbone, Cache, InputError, load
 from sample import denoise, generate
 from tiny import GEN_LENGTH, TASKS
 from train import task_batches
@@ -233,6 +234,27 @@ def test_flops_are_those_that_torch_counts(backbones, family):
         read = sum(p.numel() for p in backbone.parameters()) - c.vocab * c.dim
         kept = 0 if cache is None else cache.k[..., :first, :].numel() * 2
         assert moved == pytest.approx(4 * (read + kept), rel=0.01)
+
+
+@pytest.mark.parametrize("config", [LLADA_8B, DREAM_7B], ids=["llada-8b", "dream-7b"])
+def test_the_memory_adds_little_at_8b(config, monkeypatch, length=256):
+    """At the true shapes it costs at most 3% of a full-sequence step and 10% of a block step, in
+    floating-point operations, as README says."""
+    monkeypatch.setattr("sample._bfloat16_as", lambda x: contextlib.nullcontext())  # none on meta
+    with torch.device("meta"):
+        backbone = Backbone(config)
+        backbone.fingerprint = lambda: ""
+        memory, ids = MetaState.for_backbone(backbone), torch.zeros(1, length, dtype=torch.long)
+        where, state = torch.zeros(1, 32, dtype=torch.long), memory.initial(1)
+        for cache, first, most in ((None, 0, 1.03), (Cache(backbone, 1, length), length // 2, 1.1)):
+            flops = []
+            for used in (None, memory):
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    denoise(backbone, ids, where, memory=used, state=state, cache=cache,
+                            span=(length // 2, length // 2), first=first,
+                            last=first + 32 if first else None)
+                flops.append(counter.get_total_flops())
+            assert flops[0] > 4e11 and 1.001 < flops[1] / flops[0] < most
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
