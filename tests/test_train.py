@@ -1101,6 +1101,23 @@ def test_the_flags_reach_the_loss(run, monkeypatch, flags, expected):
     assert run(*flags, "--steps", 1)[0] == 0 and seen == {expected}
 
 
+@pytest.mark.parametrize("flags, longest", [((), 6), (("--no-long",), 2), (("--K", 1), 3)])
+def test_the_last_quarter_has_longer_trajectories(run, tmp_path, monkeypatch, flags, longest):
+    """One micro-batch in four walks 3 K steps there, none before and none in the evaluation; the
+    metrics' dense_k are those of K steps."""
+    seen, step = [], [0]
+    monkeypatch.setattr(train, "unrolled_loss", lambda *a, **options: seen.append(
+        (len(seen) // 4, a[4], torch.is_grad_enabled())) or unrolled_loss(*a, **options))
+    run(*flags, "--steps", 12, "--micros", 4, "--batch-size", 1, "--eval-every", 12)
+    K, training = seen[0][1], [(at, k) for at, k, grad in seen if grad]
+    assert {k for at, k in training if at < 9} == {K} == {k for _, k, grad in seen if not grad}
+    assert max(k for at, k in training if at >= 9) == longest
+    shares = [train.steps_of(4, 900, 1000, random.Random(i)) == 12 for i in range(2000)]
+    assert 0.22 < sum(shares) / 2000 < 0.28
+    for line in metrics_of(tmp_path / "out"):
+        assert f"dense_{K + 1}" not in line
+
+
 def killed_training(argv: list[str], moment: str, countdown: int) -> None:
     arm(moment, countdown)
     train.main(argv)
