@@ -613,10 +613,10 @@ def main(argv: list[str] | None = None) -> int:
     for each in (p, q, m):
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
         each.add_argument("--json", action="store_true", help="one JSON object as the last line")
-        each.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                          help="torch.compile (default: on CUDA)")
         each.add_argument("--device", help="default: cuda where there is one")
     for each in (p, q):
+        each.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                          help="torch.compile (default: on CUDA)")
         each.add_argument("--dtype", choices=DTYPES,
                           help="default: bfloat16 on CUDA, else as stored")
     args = parser.parse_args(argv)
