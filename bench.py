@@ -260,14 +260,19 @@ def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
     return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
 
 
-def work_of(config: Config, computed: int, seen: int, head: int, element: int) -> tuple[int, int]:
+def work_of(config: Config, computed: int, seen: int, head: int, element: int,
+            whole: bool = False) -> tuple[int, int]:
     """(FLOPs, bytes) of a forward for one sequence: `computed` positions attend to `seen`, and the
-    head runs at `head` of them. FLOPs are 2 per weight and position, and attention's two products;
-    bytes are the weights, read once, and the keys and values of what is seen and not computed."""
+    head runs at `head` of them, as does the last block's end unless the whole is wanted. FLOPs are
+    2 per weight and position, and attention's two products; bytes are the weights, read once, and
+    the keys and values of what is seen and not computed."""
     c = config
     ends = c.vocab * c.dim
     inner = c.parameters - ends * (1 if c.tied else 2)
-    flops = 2 * inner * computed + 2 * ends * head + 4 * c.layers * c.dim * computed * seen
+    last = computed if whole else head
+    end = c.dim * (c.dim + 3 * c.mlp_dim)  # of a block's weights: behind queries, keys and values
+    flops = 2 * (inner * computed - end * (computed - last) + ends * head) \
+        + 4 * c.dim * seen * ((c.layers - 1) * computed + last)
     cached = 2 * c.layers * c.kv_heads * c.head_dim * (seen - computed)
     return flops, element * (inner + ends * (head > 0) + cached)
 
@@ -346,10 +351,12 @@ def speed(args: argparse.Namespace) -> None:
         cache = Cache(backbone, 1, length)
         for kind, kept, computed in (("full-sequence step", None, length),
                                      ("dual-cache block step", cache, args.block)):
-            work = work_of(c, computed, length, args.block, weight.element_size())
-            plain, carried = (measure(f"{kind}, {length} tokens, memory {name}",
-                                      lambda: step(length, kept, state), *work)
-                              for name, state in (("off", None), ("on", memory.initial(1))))
+            plain, carried = (
+                measure(f"{kind}, {length} tokens, memory {name}",
+                        lambda: step(length, kept, state),
+                        *work_of(c, computed, length, args.block, weight.element_size(),
+                                 state is not None))
+                for name, state in (("off", None), ("on", memory.initial(1))))
             print(f"| -> memory on / off | {carried['seconds'] / plain['seconds']:.3f} x |"
                   + "  |" * (len(columns) - 2))
 
@@ -375,7 +382,7 @@ def speed(args: argparse.Namespace) -> None:
             unrolled_loss(backbone, memory, ids, answer, 4).backward()
 
         # forward 2 P, backward 2 P (activations only), once more forward with checkpointing
-        flops = 4 * work_of(c, args.train, args.train, 0, 1)[0] * (3 if checkpointing else 2)
+        flops = 4 * work_of(c, args.train, args.train, 0, 1, True)[0] * (3 if checkpointing else 2)
         measure(f"training step, K = 4, {args.train} tokens, checkpointing "
                 f"{'on' if checkpointing else 'off'}", update, flops, 0, 4 * args.train, 4)
     if args.json:

@@ -63,8 +63,9 @@ class CrossAttention(nn.Module):
         softmax(q k^T / sqrt(hd) - slope_head * distance) v,   then one output projection
 
     distance is between a token and a slot's centre, in slot spacings; the slopes are learned, half
-    of the heads begin at 4 (sharply local), a quarter at 1 and the rest at 0. Without the bias the memory stays unused for a long
-    time: slots that all see everything have no reason to differ.  # our choice"""
+    of the heads begin at 4 (sharply local), a quarter at 1 and the rest at 0. Without the bias the
+    memory stays unused for long: slots that all see everything have no reason to differ.
+    # our choice"""
 
     def __init__(self, dim_x: int, dim_y: int, dim_out: int, width: int, heads: int):
         super().__init__()

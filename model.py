@@ -332,6 +332,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
 
+def pick(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """The rows where (B, n) of x (B, T, ...) -> (B, n, ...); all of them where it is None."""
+    if where is None:
+        return x
+    index = where.view(*where.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU. q, k, v are one matrix, and so are gate and up: one read of
     the activations each, and rows stacked in that order so that splitting is a view."""
@@ -346,19 +354,21 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.dim, 2 * c.mlp_dim, bias=False)
         self.down = nn.Linear(c.mlp_dim, c.dim, bias=False)
 
-    def attention(self, x, rope, keys_allowed, kept):
+    def attention(self, x, rope, keys_allowed, kept, where):
         B, T, _ = x.shape
         nh, nkv, hd = self.c.heads, self.c.kv_heads, self.c.head_dim
         qkv = self.qkv(x).view(B, T, nh + 2 * nkv, hd)              # (B, T, nh + 2 nkv, hd)
-        qk = rotate(qkv[:, :, :nh + nkv], *rope).transpose(1, 2)    # (B, nh + nkv, T, hd)
-        q, k, v = qk[:, :nh], qk[:, nh:], qkv[:, :, nh + nkv:].transpose(1, 2)
+        qk = rotate(qkv[:, :, :nh + nkv], *rope)                    # (B, T, nh + nkv, hd)
+        q, k, v = pick(qk[:, :, :nh], where), qk[:, :, nh:], qkv[:, :, nh + nkv:]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))            # (B, heads, T or n, hd)
         if kept is not None:  # (B, nkv, S, hd) each: ours go to their rows, all are attended to
             k, v = (old.index_copy_(2, kept[2], new) for old, new in zip(kept, (k, v)))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_allowed, enable_gqa=nh != nkv)
-        return self.out(y.transpose(1, 2).reshape(B, T, nh * hd))   # (B, T, d)
+        return self.out(y.transpose(1, 2).flatten(2))               # (B, T or n, d)
 
-    def forward(self, x, rope, keys_allowed, kept=None):
-        x = x + self.attention(self.attn_norm(x), rope, keys_allowed, kept)
+    def forward(self, x, rope, keys_allowed, kept=None, where=None):
+        """where (B, n): every position gives its keys and values, these alone the rest."""
+        x = pick(x, where) + self.attention(self.attn_norm(x), rope, keys_allowed, kept, where)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)      # (B, T, mlp_dim) each
         return x + self.down(F.silu(gate) * up)
 
@@ -395,22 +405,26 @@ class Backbone(nn.Module):
         return self.embedding(ids)
 
     def hidden(self, e: torch.Tensor, pad_mask: torch.Tensor | None = None,
-               cache: Cache | None = None, start: int = 0) -> torch.Tensor:
+               cache: Cache | None = None, start: int = 0,
+               where: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, d) embeddings -> (B, T, d) after the last norm. pad_mask (B, T) is True where
         padded: those keys are hidden from every query. Positions stay 0..T-1 also with padding on
         the left: RoPE sees differences only, so real rows come out as without the padding.
 
         With a cache of length S, e holds the positions start .. start + T - 1 of S; their keys and
-        values replace the cache's, all S are attended to, and pad_mask is (B, S)."""
+        values replace the cache's, all S are attended to, and pad_mask is (B, S). With where
+        (B, n), positions of e, only their n hidden states are made in the last block and
+        returned."""
         rope = self._rope_for(e, start)
         keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, S)
         rows = None if cache is None else torch.arange(start, start + e.shape[1], device=e.device)
         for i, block in enumerate(self.blocks):
             kept = None if cache is None else (cache.k[i], cache.v[i], rows)
+            wanted = where if i + 1 == len(self.blocks) else None
             if self.checkpointing and torch.is_grad_enabled():
-                e = checkpoint(block, e, rope, keys_allowed, use_reentrant=False)
+                e = checkpoint(block, e, rope, keys_allowed, kept, wanted, use_reentrant=False)
             else:
-                e = block(e, rope, keys_allowed, kept)
+                e = block(e, rope, keys_allowed, kept, wanted)
         return self.norm(e)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:

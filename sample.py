@@ -26,7 +26,7 @@ from typing import Callable, NamedTuple, TextIO
 import torch
 
 from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
-                   compile_on, find, load, parse_json, read_json, read_lines, seed)
+                   compile_on, find, load, parse_json, pick, read_json, read_lines, seed)
 from metastate import MetaState
 
 LLADA_ORDERS = ("low_confidence", "random")
@@ -80,10 +80,11 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
         t = ((ids == c.mask_id) & inside).sum(1) / length[:, 0]       # (B,) share still masked
         with _bfloat16_as(e):
             e = memory.inject(e, state, t, (start[:, 0] - first, length[:, 0]))
-    h = backbone.hidden(e, pad_mask, cache, first)                    # (B, S, d)
     where = (where - first - int(c.shift)).clamp(min=0)
+    # a memory reads all positions; without one the last block is needed at `where` alone
+    h = backbone.hidden(e, pad_mask, cache, first, where if memory is None else None)
     logits = (head or (lambda h: backbone.logits(h).float()))(
-        h.gather(1, where[..., None].expand(-1, -1, h.shape[-1])))
+        h if memory is None else pick(h, where))                      # (B, n, V)
     if memory is not None:
         with _bfloat16_as(h):
             seen = (state.detach(), h.detach()) if cut else (state, h)

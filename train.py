@@ -117,9 +117,9 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
 
 
 def steps_of(K: int, step: int, steps: int, rng: random.Random) -> int:
-    """How many steps a micro-batch of update `step` unrolls: K, and in the last quarter of a run 3 K
-    for one in four. Ours: sampling may update the memory far more often than K times, and one that
-    has never seen this drifts (at one token per step the tiny model lost 5 points)."""
+    """How many steps a micro-batch of update `step` unrolls: K; in the last quarter of a run one in
+    four takes 3 K. Our choice: sampling may update the memory far more often than K times, and one
+    that has never seen this drifts (at one token per step the tiny model lost 5 points)."""
     return 3 * K if step >= 0.75 * steps and rng.random() < 0.25 else K
 
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model
-from model import DREAM_7B, LLADA_8B, Backbone, Config, InputError, load, rope_tables, rotate, save
+from model import (DREAM_7B, LLADA_8B, Backbone, Cache, Config, InputError, load, rope_tables,
+                   rotate, save)
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -153,6 +154,23 @@ def test_attention_is_bidirectional(backbone):
 
 
 @torch.no_grad()
+def test_hidden_states_of_some_positions(backbone):
+    """They are those of all positions, padded or cached, also when a row asks for one twice; the
+    cache is filled as if all had been asked for."""
+    ids, where = torch.randint(400, (2, 14)), torch.tensor([[0, 13, 5], [7, 7, 2]])
+    e, pad_mask = backbone.embed(ids), (torch.arange(14) < torch.tensor([[0], [3]]))
+    for pads in (None, pad_mask):
+        caches = [Cache(backbone, 2, 20) for _ in range(2)]
+        wide = None if pads is None else F.pad(pads, (0, 6))
+        for kept, seen in (((None, None), pads), (caches, wide)):
+            whole = backbone.hidden(e, seen, kept[0], 4 if kept[0] else 0)
+            some = backbone.hidden(e, seen, kept[1], 4 if kept[1] else 0, where)
+            expected = torch.stack([h[rows] for h, rows in zip(whole, where)])
+            torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
+        assert caches[0].k.abs().max() > 0
+
+
 def test_forward_is_embed_hidden_logits(backbone):
     """The road a memory takes is the road `forward` takes, and the head can be asked for a few
     positions alone."""

@@ -189,8 +189,8 @@ def test_a_step_computes_what_it_should(backbones, family, cache, monkeypatch):
     follows, or the block alone; the memory writes to and reads just that, at its own places."""
     backbone, lengths, spans = backbones[family], [], []
     hidden = backbone.hidden
-    monkeypatch.setattr(backbone, "hidden", lambda e, *rest: (
-        lengths.append((rest[-1], e.shape[1])), hidden(e, *rest))[1])
+    monkeypatch.setattr(backbone, "hidden", lambda e, pads, kept, start, where: (
+        lengths.append((start, e.shape[1])), hidden(e, pads, kept, start, where))[1])
     memory = MetaState.for_backbone(backbone)
     update = memory.update
     monkeypatch.setattr(memory, "update", lambda s, h, t, span, pads: (

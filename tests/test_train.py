@@ -1105,7 +1105,7 @@ def test_the_flags_reach_the_loss(run, monkeypatch, flags, expected):
 def test_the_last_quarter_has_longer_trajectories(run, tmp_path, monkeypatch, flags, longest):
     """One micro-batch in four walks 3 K steps there, none before and none in the evaluation; the
     metrics' dense_k are those of K steps."""
-    seen, step = [], [0]
+    seen = []
     monkeypatch.setattr(train, "unrolled_loss", lambda *a, **options: seen.append(
         (len(seen) // 4, a[4], torch.is_grad_enabled())) or unrolled_loss(*a, **options))
     run(*flags, "--steps", 12, "--micros", 4, "--batch-size", 1, "--eval-every", 12)
