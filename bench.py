@@ -263,7 +263,7 @@ def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
 def work_of(config: Config, computed: int, seen: int, head: int, element: int,
             whole: bool = False) -> tuple[int, int]:
     """(FLOPs, bytes) of a forward for one sequence: `computed` positions attend to `seen`, and the
-    head runs at `head` of them, as does the last block's end unless the whole is wanted. FLOPs are
+    head runs at `head` of them, as does the last block's end where not all is wanted. FLOPs are
     2 per weight and position, and attention's two products; bytes are the weights, read once, and
     the keys and values of what is seen and not computed."""
     c = config
@@ -355,7 +355,7 @@ def speed(args: argparse.Namespace) -> None:
                 measure(f"{kind}, {length} tokens, memory {name}",
                         lambda: step(length, kept, state),
                         *work_of(c, computed, length, args.block, weight.element_size(),
-                                 state is not None))
+                                 kept is None or state is not None))
                 for name, state in (("off", None), ("on", memory.initial(1))))
             print(f"| -> memory on / off | {carried['seconds'] / plain['seconds']:.3f} x |"
                   + "  |" * (len(columns) - 2))

@@ -81,10 +81,12 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
         with _bfloat16_as(e):
             e = memory.inject(e, state, t, (start[:, 0] - first, length[:, 0]))
     where = (where - first - int(c.shift)).clamp(min=0)
-    # a memory reads all positions; without one the last block is needed at `where` alone
-    h = backbone.hidden(e, pad_mask, cache, first, where if memory is None else None)
-    logits = (head or (lambda h: backbone.logits(h).float()))(
-        h if memory is None else pick(h, where))                      # (B, n, V)
+    if cache is None:
+        h = backbone.hidden(e, pad_mask)                              # (B, T, d)
+    else:  # with a memory all that is computed, because it reads all; without one what is wanted
+        h = backbone.hidden(e, pad_mask, cache, first, where if memory is None else None)
+    wanted = pick(h, where) if cache is None or memory is not None else h       # (B, n, d)
+    logits = backbone.logits(wanted).float() if head is None else head(wanted)
     if memory is not None:
         with _bfloat16_as(h):
             seen = (state.detach(), h.detach()) if cut else (state, h)

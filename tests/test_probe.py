@@ -337,7 +337,6 @@ LONG = "a" * 256
     (["--prompt", "a", "--n-masks", "4", "--after", "-1"], ["--after -1"]),
     (["--prompt", "a", "--n-masks", "4", "--steps", "5"], ["--steps 5", "4 masks"]),
     (["--prompt", "a", "--seed", "-1"], ["-1"]), (["--ckpt", "random:tiny"], ["random:tiny"]),
-    (["--prompt", "a", "--n-masks", "2", "--plot", "/no/such/folder/x.png"], ["/no/such/folder"]),
     (["--prompt", "a", "--unknown"], ["--unknown"])], ids=lambda x: " ".join(x)[:40])
 def test_bad_input(argv, words, text_ckpt, tmp_path, capsys):
     """One line that names the thing, exit code 2."""
@@ -366,6 +365,8 @@ def test_the_plot_needs_matplotlib_alone(text_ckpt, tmp_path, monkeypatch, capsy
         out, err = capsys.readouterr()
         assert "pip install matplotlib" in err and out == "" and err.count("\n") == 1
     pytest.importorskip("matplotlib")
+    assert tool.main([*argv[:-1], "/no/such/folder/x.png"]) == 2
+    assert "/no/such/folder" in capsys.readouterr().err
     assert tool.main(argv) == 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
