@@ -519,14 +519,6 @@ def memdlm_costs(args: argparse.Namespace, model, settings: Settings) -> list[di
 
 
 # ------------------------------------------------------------------ command line
-def _kinds(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in KINDS:
-            raise argparse.ArgumentTypeError(f"unknown kind {name!r}: one of {', '.join(KINDS)}")
-    return names
-
-
 def _lengths(text: str) -> list[int]:
     lengths = [_count(n) for n in text.split(",")]
     if min(lengths) < 4 * Haystack.pairs:
@@ -541,12 +533,16 @@ def _group(text: str) -> tuple[str, list[str]]:
     return name, folders.split(",")
 
 
-def _names(text: str) -> list[str]:
+def _names(text: str, what: str = "task", known=TASKS) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"unknown task {name!r}: one of {', '.join(TASKS)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: one of {', '.join(known)}")
     return names
+
+
+def _kinds(text: str) -> list[str]:
+    return _names(text, "kind", KINDS)
 
 
 def _count(text: str) -> int:

@@ -627,6 +627,8 @@ def find(ckpt: str | Path) -> Path:
     folder = os.path.expanduser(target)
     if os.path.isdir(folder):
         return Path(folder)
+    if str(ckpt) in CHECKPOINTS and isinstance(target, Path):  # ours, and not made yet
+        raise InputError(f"{target} is not there: python tiny.py pretrain --task {ckpt} makes it")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(target)):
         raise InputError(f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, "
                          "random:NAME, a folder with config.json and *.safetensors, or a hub id "

@@ -704,6 +704,15 @@ def test_nicknames_are_the_published_repositories(hub, text_ckpt, nickname, repo
     assert nickname in CHECKPOINTS
 
 
+def test_a_model_of_ours_that_is_not_made_yet(cli_fails, monkeypatch, tmp_path):
+    """A nickname whose folder is absent says which command makes it; another path does not."""
+    monkeypatch.setitem(CHECKPOINTS, "haystack", tmp_path / "absent")
+    line = cli_fails("--ckpt", "haystack", "--prompt", "a", *CPU)
+    assert "absent is not there" in line and "tiny.py pretrain --task haystack" in line
+    with pytest.raises(InputError, match="unknown checkpoint"):
+        load(tmp_path / "absent", "cpu")
+
+
 def test_compiling_without_a_compiler(cli_fails, monkeypatch):
     """On a CPU torch.compile writes C++: without a compiler that is one line, and no traceback."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
