@@ -3,6 +3,7 @@
     python bench.py accuracy                       # tasks x step budgets, checkpoints/tiny
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
+    python bench.py footprint --ckpt llada-8b      # GB that an update takes, without running it
     python bench.py memdlm --standard out/plain-0 out/plain-1 --memdlm out/memdlm-0 out/memdlm-1
 
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
@@ -24,20 +25,25 @@ import random
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from memdlm import FastLoRA, Settings, adapted, outer_loss
 from metastate import MetaState
 from model import (DTYPES, Backbone, Cache, Config, InputError, Parser, Tokenizer, command,
-                   compile_on, find, load, parse_json, read_lines, seed)
+                   compile_on, find, load, parse_json, read_lines, seed, shapes_of)
 from sample import answer_text, denoise, generate, left_pad
 from tiny import GEN_LENGTH, KINDS, LENGTHS, TASKS, Haystack, Task, draw
-from train import task_batches, unrolled_loss
+from train import task_batches, token_losses, unrolled_loss
 
 
 # ------------------------------------------------------------------ accuracy
@@ -344,7 +350,7 @@ def speed(args: argparse.Namespace) -> None:
         where = torch.arange(start, length, device=device)[None]
         denoise(backbone, ids, where, memory=None if state is None else memory, state=state,
                 span=(length // 2, length - length // 2), cache=cache,
-                first=0 if cache is None else start)
+                first=0 if cache is None else start, last=None if cache is None else length)
 
     inputs = {length: ids_of(length) for length in args.lengths}
     for length in args.lengths:
@@ -388,6 +394,78 @@ def speed(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"ckpt": args.ckpt, "device": chip, "dtype": str(dtype),
                           "product_flops": product, "copy_bytes": copy, "rows": rows}))
+
+
+# ------------------------------------------------------------------ what training takes
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live, and their peak."""
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {p.untyped_storage()._cdata for m in modules for p in m.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def update_bytes(config: Config, tokens: int, K: int, checkpointing: bool) -> tuple[int, int, int]:
+    """What a memory's update on one sequence takes in bfloat16, in bytes: (the backbone's weights;
+    the memory's, with gradients and AdamW's moments, float32; the peak of all else). Nothing is
+    computed: the operations of `denoise` and its backward pass run on fake tensors. Three quarters
+    of the tokens are the answer, and stay masked for all K steps: the most that can be."""
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    with FakeTensorMode():
+        backbone.load_state_dict({name: torch.empty(p.shape, dtype=torch.bfloat16)
+                                  for name, p in backbone.named_parameters()}, assign=True)
+        backbone.requires_grad_(False)
+        backbone.checkpointing, backbone.fingerprint = checkpointing, lambda: ""
+        memory = MetaState.for_backbone(backbone)
+        ids, answer = torch.zeros(1, tokens, dtype=torch.long), 3 * tokens // 4
+        where, span = ids[:, :answer], (tokens - answer, answer)
+        with Alive(backbone, memory) as alive:
+            total, state = 0.0, memory.initial(1)
+            for _ in range(K):
+                loss, state = denoise(backbone, ids, where, memory=memory, state=state, span=span,
+                                      head=lambda h: token_losses(backbone, h, where))
+                total = total + loss.mean()
+            del state, loss  # what followed the last step: nothing needs it
+            total.backward()
+        gradients = sum(p.grad.nbytes for p in memory.parameters())
+    own = sum(p.nbytes for p in memory.parameters())
+    return sum(p.nbytes for p in backbone.parameters()), 4 * own, alive.peak - gradients
+
+
+def footprint(args: argparse.Namespace) -> None:
+    """The table of what a training update takes, by length, steps and checkpointing."""
+    config, rows = shapes_of(args.ckpt), []
+    print("| tokens | K | checkpointing | backbone | memory and AdamW | activations, peak | "
+          "together, GB |\n|---|---|---|---|---|---|---|")
+    for tokens in args.tokens:
+        for K in args.K:
+            for checkpointing in (False, True):
+                parts = update_bytes(config, tokens, K, checkpointing)
+                rows.append({"tokens": tokens, "K": K, "checkpointing": checkpointing,
+                             "bytes": parts})
+                print(f"| {tokens} | {K} | {'on' if checkpointing else 'off'} | " + " | ".join(
+                    f"{x / 1e9:.2f}" for x in (*parts, sum(parts))) + " |", flush=True)
+    print(f"\n{args.ckpt}, one sequence, bfloat16; counted on fake tensors, without what a "
+          "device's allocator and kernels need for themselves")
+    if args.json:
+        print(json.dumps({"ckpt": args.ckpt, "rows": rows}))
 
 
 # ------------------------------------------------------------------ MemDLM
@@ -520,7 +598,7 @@ def memdlm_costs(args: argparse.Namespace, model, settings: Settings) -> list[di
 
 # ------------------------------------------------------------------ command line
 def _lengths(text: str) -> list[int]:
-    lengths = [_count(n) for n in text.split(",")]
+    lengths = _counts(text)
     if min(lengths) < 4 * Haystack.pairs:
         raise argparse.ArgumentTypeError(f"a haystack has at least {4 * Haystack.pairs} tokens")
     return lengths
@@ -551,6 +629,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_count(n) for n in text.split(",")]
+
+
 def _thresholds(text: str) -> list[float]:
     try:
         values = [float(t) for t in text.split(",")] if text else []
@@ -572,7 +654,7 @@ def _budgets(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Make the table that the command line asks for; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="accuracy | speed | memdlm")
+    commands = parser.add_subparsers(required=True, metavar="accuracy | speed | footprint | memdlm")
     p = commands.add_parser("accuracy", help="tasks x step budgets")
     p.set_defaults(run=accuracy)
     p.add_argument("--ckpt", default="tiny", help="checkpoint that was trained on the tasks")
@@ -588,8 +670,8 @@ def main(argv: list[str] | None = None) -> int:
     q = commands.add_parser("speed", help="steps, generations and training against the limits")
     q.set_defaults(run=speed)
     q.add_argument("--ckpt", default="tiny", help="also random:llada-8b, random:dream-7b, or "
-                   "random:FOLDER with a config.json of any size")
-    q.add_argument("--lengths", type=lambda text: [_count(n) for n in text.split(",")],
+                   "any size: random:llada-8b,dim=1024,layers=8,vocab=32000")
+    q.add_argument("--lengths", type=_counts,
                    default=[128, 256], help="tokens of a sequence, comma-separated")
     q.add_argument("--prompt", type=_count, default=128, help="tokens to generate from")
     q.add_argument("--gen", type=_count, default=64, help="tokens to generate")
@@ -599,6 +681,13 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--warmup", type=_count, default=2, help="runs before those that count, after "
                    "the very first")
     q.add_argument("--repeat", type=_count, default=5, help="runs that count")
+    f = commands.add_parser("footprint", help="memory that a training update takes, counted")
+    f.set_defaults(run=footprint)
+    f.add_argument("--ckpt", default="llada-8b", help="only its config is read; the published "
+                   "nicknames need no download")
+    f.add_argument("--tokens", type=_counts, default=[512, 1024], help="of a sequence")
+    f.add_argument("--K", type=_counts, default=[4], help="unrolled steps; the end of a run has 12")
+    f.add_argument("--json", action="store_true", help="one JSON object as the last line")
     m = commands.add_parser("memdlm", help="fast weights off and on: accuracy, losses, cost")
     m.set_defaults(run=memdlm)
     m.add_argument("--standard", nargs="+", metavar="FOLDER", required=True,

@@ -203,7 +203,7 @@ def run(backbone: Backbone, e: torch.Tensor, layers: range,
         pad_mask: torch.Tensor | None = None) -> torch.Tensor:
     """(B, T, d) -> (B, T, d) through some of the layers: what `Backbone.hidden` does with all of
     them before the last norm."""
-    rope = backbone._rope_for(e)
+    rope = backbone._rope_for(e, e.shape[1])
     keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]        # (B, 1, 1, T)
     for i in layers:
         e = backbone.blocks[i](e, rope, keys_allowed)

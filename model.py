@@ -29,6 +29,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 
 import safetensors.torch
 import tokenizers
@@ -382,6 +383,38 @@ class Cache:
         c, like = backbone.config, backbone.embedding.weight
         self.k, self.v = (like.new_zeros(c.layers, batch, c.kv_heads, length, c.head_dim)
                           for _ in range(2))
+        self.graph: Graph | None = None
+
+    def replay(self, backbone: Backbone, e: torch.Tensor, pad_mask, start: int) -> torch.Tensor:
+        """`backbone.hidden(e, pad_mask, self, start)` as a CUDA graph that the first call makes; in
+        all calls e has the same shape, and pad_mask is the same."""
+        inputs = e, torch.full((), start, device=e.device)
+        if self.graph is None:
+            self.graph = Graph(lambda e, start: backbone.hidden(e, pad_mask, self, start), *inputs)
+        return self.graph(*inputs)
+
+
+class Graph:
+    """A function of tensors, captured once as a CUDA graph and replayed: one launch in place of
+    hundreds. What it reads and writes besides stays where it is (weights, a `Cache`). A call
+    overwrites the result of the one before."""
+
+    def __init__(self, function: Callable, *inputs: torch.Tensor):
+        self.inputs = [x.clone() for x in inputs]
+        ours, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(ours)
+        with torch.cuda.stream(side):  # compiles and allocates what a capture cannot
+            function(*self.inputs)
+        ours.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for kept, new in zip(self.inputs, inputs):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 class Backbone(nn.Module):
@@ -398,6 +431,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
         self.checkpointing = False  # recompute each block in the backward pass: less memory
+        self.graphs = False  # replay a dual cache's block steps as CUDA graphs
         self._rope = None  # (cos, sin), grown on demand: Dream's 131,072 positions are 134 MB
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -405,19 +439,21 @@ class Backbone(nn.Module):
         return self.embedding(ids)
 
     def hidden(self, e: torch.Tensor, pad_mask: torch.Tensor | None = None,
-               cache: Cache | None = None, start: int = 0,
+               cache: Cache | None = None, start: int | torch.Tensor = 0,
                where: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, d) embeddings -> (B, T, d) after the last norm. pad_mask (B, T) is True where
         padded: those keys are hidden from every query. Positions stay 0..T-1 also with padding on
         the left: RoPE sees differences only, so real rows come out as without the padding.
 
         With a cache of length S, e holds the positions start .. start + T - 1 of S; their keys and
-        values replace the cache's, all S are attended to, and pad_mask is (B, S). With where
-        (B, n), positions of e, only their n hidden states are made in the last block and
-        returned."""
-        rope = self._rope_for(e, start)
+        values replace the cache's, all S are attended to, and pad_mask is (B, S). start may be a
+        tensor: a graph can then be replayed elsewhere. With where (B, n), positions of e, only
+        their n hidden states are made in the last block and returned."""
         keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, S)
-        rows = None if cache is None else torch.arange(start, start + e.shape[1], device=e.device)
+        rope = self._rope_for(e, e.shape[1] if cache is None else cache.k.shape[3])
+        if cache is not None:
+            rows = torch.arange(e.shape[1], device=e.device) + start
+            rope = tuple(table[rows] for table in rope)
         for i, block in enumerate(self.blocks):
             kept = None if cache is None else (cache.k[i], cache.v[i], rows)
             wanted = where if i + 1 == len(self.blocks) else None
@@ -437,9 +473,11 @@ class Backbone(nn.Module):
 
     def compile(self, **options) -> None:
         """Compile the blocks with torch.compile, whose options these are. The first block's graphs
-        serve all: one for the first shape that is seen, another for the shapes that differ."""
+        serve all: one for the first shape that is seen, another for the shapes that differ. On CUDA
+        the steps of a dual cache are replayed as CUDA graphs from then on."""
         for block in self.blocks:
             block.compile(**options)
+        self.graphs = self.embedding.weight.is_cuda
 
     def fingerprint(self) -> str:
         """A short hash of the config and of 64 weights spread over every parameter, the same in
@@ -450,15 +488,14 @@ class Backbone(nn.Module):
             digest.update(p.detach().view(-1)[pick.to(p.device)].bfloat16().float().cpu().numpy())
         return digest.hexdigest()[:16]
 
-    def _rope_for(self, e: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        length = start + e.shape[1]
+    def _rope_for(self, e: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float32 if self.config.rope_float32 else e.dtype
         kept = self._rope
         if kept is None or len(kept[0]) < length or kept[0].device != e.device \
                 or kept[0].dtype != dtype:
             rows = 1 << (length - 1).bit_length()                   # next power of two
             kept = self._rope = tuple(t.to(dtype) for t in rope_tables(self.config, rows, e.device))
-        return kept[0][start:length], kept[1][start:length]
+        return kept[0][:length], kept[1][:length]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Backbone:
@@ -657,7 +694,8 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
     """A frozen backbone in eval mode and its tokenizer (None where the checkpoint has none).
 
     ckpt: a nickname of `CHECKPOINTS`, a folder, a hub id, or "random:NAME" with NAME any of these:
-    the true shapes with random weights made on the device and no tokenizer, for benchmarks.
+    the true shapes, or others (see `shapes_of`), with random weights made on the device and no
+    tokenizer, for benchmarks.
     device: CUDA where there is one, else the CPU. dtype: a torch dtype or its name; by default
     bfloat16 on CUDA and as stored on the CPU. Raises `InputError`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -696,10 +734,33 @@ def compile_on(device: torch.device, wanted: bool | None, *modules) -> None:
                 module.compile()
 
 
-def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+def shapes_of(ckpt: str | Path) -> Config:
+    """The config of a checkpoint, without its weights: a published nickname needs no download.
+    "NAME,dim=1024,layers=8,vocab=32000" is the same at other sizes. What is not given follows:
+    heads keep their width, the MLP its ratio, and the special ids are the vocabulary's last."""
+    name, *changes = str(ckpt).split(",")
     known = {"llada": LLADA_8B, "dream": DREAM_7B}
-    published = next((known[k] for k in known if name in CHECKPOINTS and name.startswith(k)), None)
-    config = published or Config.from_json(find(name))
+    nickname = name if name in CHECKPOINTS else ""
+    c = next((known[k] for k in known if nickname.startswith(k)), None) \
+        or Config.from_json(find(name))
+    sizes = ("dim", "layers", "heads", "kv_heads", "mlp_dim", "vocab")
+    try:
+        given = {key: int(value) for key, value in (change.split("=") for change in changes)}
+    except ValueError as error:
+        raise InputError(f"{ckpt}: behind the name go sizes, such as ,dim=1024") from error
+    if unknown := given.keys() - set(sizes):
+        raise InputError(f"{ckpt}: {_list(unknown)} is no size: one of {', '.join(sizes)}")
+    dim, vocab = given.get("dim", c.dim), given.get("vocab", c.vocab)
+    heads = given.get("heads", max(1, dim // c.head_dim))
+    follow = {"heads": heads, "kv_heads": max(1, heads * c.kv_heads // c.heads),
+              "mlp_dim": dim * c.mlp_dim // c.dim}
+    if vocab != c.vocab:
+        follow |= {"mask_id": vocab - 1, "eos_id": vocab - 2, "pad_id": vocab - 2}
+    return replace(c, **(follow | given)) if given else c
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    config = shapes_of(name)
     with torch.device("meta"):
         backbone = Backbone(config)
     backbone = backbone.to(dtype or DTYPES.get(config.dtype, torch.bfloat16))

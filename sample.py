@@ -81,11 +81,14 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
         with _bfloat16_as(e):
             e = memory.inject(e, state, t, (start[:, 0] - first, length[:, 0]))
     where = (where - first - int(c.shift)).clamp(min=0)
+    whole = cache is None or memory is not None  # a memory reads all that is computed
     if cache is None:
         h = backbone.hidden(e, pad_mask)                              # (B, T, d)
-    else:  # with a memory all that is computed, because it reads all; without one what is wanted
-        h = backbone.hidden(e, pad_mask, cache, first, where if memory is None else None)
-    wanted = pick(h, where) if cache is None or memory is not None else h       # (B, n, d)
+    elif backbone.graphs and last is not None:
+        h, whole = cache.replay(backbone, e, pad_mask, first), True   # (B, S, d)
+    else:
+        h = backbone.hidden(e, pad_mask, cache, first, None if whole else where)
+    wanted = pick(h, where) if whole else h                           # (B, n, d)
     logits = backbone.logits(wanted).float() if head is None else head(wanted)
     if memory is not None:
         with _bfloat16_as(h):

@@ -18,7 +18,7 @@ from metastate import MetaState
 from model import DREAM_7B, LLADA_8B, Backbone, Cache, InputError, load
 from sample import denoise, generate
 from tiny import GEN_LENGTH, TASKS
-from train import task_batches
+from train import task_batches, unrolled_loss
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,52 @@ def test_the_plot_needs_matplotlib_alone(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert bench.main(argv) == 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------ what training takes
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_an_update_takes_is_what_a_real_one_takes(family, checkpointing, monkeypatch):
+    """The tensors that a real loss keeps for its backward pass, in bfloat16 and with nothing
+    revealed, are those counted without running it, as are weights, gradients and moments."""
+    backbone, tokens = load(DATA / family, "cpu", "bfloat16")[0], 40
+    backbone.checkpointing, memory = checkpointing, MetaState.for_backbone(backbone)
+    ids, answer = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None] >= 10
+    monkeypatch.setattr("train.reveal_steps", lambda *a: torch.where(answer, 2, -1))
+    with bench.Alive(backbone, memory) as alive:
+        unrolled_loss(backbone, memory, ids, answer, 3).backward()
+    gradients = sum(p.grad.nbytes for p in memory.parameters())
+    weights, own, rest = bench.update_bytes(backbone.config, tokens, 3, checkpointing)
+    assert weights == sum(p.nbytes for p in backbone.parameters())
+    assert own == 4 * sum(p.nbytes for p in memory.parameters()) == 4 * gradients
+    assert rest == pytest.approx(alive.peak - gradients, rel=0.02)
+
+
+def test_alive_counts_what_lives():
+    """Views and weights are not counted, what is dropped is taken off, the peak stays."""
+    linear = torch.nn.Linear(50, 20, bias=False).requires_grad_(False)
+    with bench.Alive(linear) as alive:
+        x = torch.ones(1000, 50)                          # 200,000 bytes
+        y = linear(x.view(2, 500, 50))[:, :10]            # a view into 80,000 bytes
+        assert alive.now == alive.peak == 280_000
+        del x
+        assert alive.now == 80_000
+        z = torch.ones(100)
+        assert alive.now == 80_400 and alive.peak == 280_000
+    del y, z
+    assert alive.now == 0
+
+
+def test_footprint_makes_its_table(capsys):
+    """Checkpointing keeps less and twice the tokens take more; the table is what the JSON says."""
+    argv = ["footprint", "--ckpt", "tiny", "--tokens", "32,64", "--K", "2", "--json"]
+    assert bench.main(argv) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(r["tokens"], r["checkpointing"]) for r in rows] == [
+        (32, False), (32, True), (64, False), (64, True)]
+    peaks = [r["bytes"][2] for r in rows]
+    assert peaks[1] < peaks[0] and peaks[3] < peaks[2] and peaks[0] < peaks[2]
+    assert len(table) == 2 + 4 + 2
 
 
 # ------------------------------------------------------------------ speed

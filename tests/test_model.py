@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import model
 from model import (DREAM_7B, LLADA_8B, Backbone, Cache, Config, InputError, load, rope_tables,
-                   rotate, save)
+                   rotate, save, shapes_of)
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -372,6 +372,28 @@ def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt):
     again, _ = load(f"random:{text_ckpt}", "cpu", "float32")
     assert torch.equal(again.head.weight, backbone.head.weight)
     assert backbone(ids_of(backbone, 1, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("llada-8b,dim=1024,layers=8,vocab=32000", (1024, 8, 8, 8, 3072, 32000, 31999, 31998)),
+    ("dream-7b,dim=512,layers=2", (512, 2, 4, 1, 2706, 152064, 151666, 151643)),
+    ("llada-8b,heads=64,kv_heads=8", (4096, 32, 64, 8, 12288, 126464, 126336, 126081))], ids=str)
+def test_other_sizes_of_a_published_shape(name, sizes):
+    """What is given is taken, the rest follows from it, and the network can be made."""
+    c = shapes_of(name)
+    assert (c.dim, c.layers, c.heads, c.kv_heads, c.mlp_dim, c.vocab, c.mask_id, c.eos_id) == sizes
+    with torch.device("meta"):
+        backbone = Backbone(c)
+    assert sum(p.numel() for p in backbone.parameters()) == c.parameters
+
+
+@pytest.mark.parametrize("name, word", [
+    ("llada-8b,dim", "dim=1024"), ("llada-8b,dim=x", "dim=1024"), ("llada-8b,depth=3", "depth"),
+    ("llada-8b,dim=0", "dim"), ("llada-8b,vocab=0", "vocab"), ("llada-8b,heads=3", "heads")])
+def test_sizes_that_cannot_be(name, word):
+    """One line that names what is wrong."""
+    with pytest.raises(InputError, match=word):
+        shapes_of(name)
 
 
 @pytest.mark.parametrize("nickname, config", [("llada-8b", LLADA_8B), ("llada-1.5", LLADA_8B),

@@ -118,6 +118,7 @@ def loss_of(backbone: Backbone, memory: MetaState, rows, seed: int = 0, **option
 
 def slow_loss(backbone: Backbone, memory: MetaState, rows, seed: int = 0, K: int = 4,
               lam: float = 0.5, concentration: float = 1.0, reset: bool = False,
+              surest: bool = False,
               shift: bool | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss row by row without padding, with the logits of every position, and the mean of
     dense_k over the rows that have one; `shift` by default as the family has it."""
@@ -126,9 +127,8 @@ def slow_loss(backbone: Backbone, memory: MetaState, rows, seed: int = 0, K: int
     for (prompt, answer), steps in zip(rows, revealed):
         first, N = len(prompt), len(answer)
         steps, state = steps[first:first + N].tolist(), memory.initial(1)
+        still = list(range(N))
         for k in range(K):
-            still = [i for i in range(N) if steps[i] >= k]
-            now = [i for i in range(N) if steps[i] == k]
             if not still:
                 break
             ids = prompt + [MASK_ID if i in still else answer[i] for i in range(N)]
@@ -140,6 +140,10 @@ def slow_loss(backbone: Backbone, memory: MetaState, rows, seed: int = 0, K: int
             ce = {i: -logits[first + i].log_softmax(-1)[answer[i]] for i in still}
             dense = sum(ce[i] for i in still) / len(still)
             dense_at[f"dense_{k + 1}"].append(dense)
+            now = [i for i in range(N) if steps[i] == k]
+            if surest:
+                now = sorted(still, key=lambda i: ce[i].item())[:len(now)]
+            still = [i for i in still if i not in now]
             if now:
                 reveal = sum(ce[i] for i in now) / len(now)
                 total = total + len(now) / N * (lam * dense + (1 - lam) * reveal)
@@ -164,7 +168,7 @@ def assert_close(first: dict, second: dict, rtol: float = 1e-3, atol: float = 1e
 
 @pytest.mark.parametrize("options", [
     dict(), dict(K=2, lam=0.0, concentration=5.0), dict(K=5, lam=1.0, concentration=0.3),
-    dict(K=3, reset=True)], ids=str)
+    dict(K=3, reset=True), dict(K=5, surest=True)], ids=str)
 def test_the_loss_is_the_slow_one(backbone, options):
     """Reveals, masks, the clock, weights, both means, Dream's shift, prompts and answers of several
     lengths with padding behind: the loss, its figures and its gradients are those of a loop over
@@ -1101,19 +1105,23 @@ def test_the_flags_reach_the_loss(run, monkeypatch, flags, expected):
     assert run(*flags, "--steps", 1)[0] == 0 and seen == {expected}
 
 
-@pytest.mark.parametrize("flags, longest", [((), 6), (("--no-long",), 2), (("--K", 1), 3)])
+@pytest.mark.parametrize("flags, longest", [
+    ((), (6, True)), (("--no-long",), (2, False)), (("--K", 1), (3, True))], ids=str)
 def test_the_last_quarter_has_longer_trajectories(run, tmp_path, monkeypatch, flags, longest):
-    """One micro-batch in four walks 3 K steps there, none before and none in the evaluation; the
-    metrics' dense_k are those of K steps."""
+    """Half of the micro-batches walk 3 K steps there, the surest first; none before and none in the
+    evaluation; the metrics' dense_k are those of K steps."""
     seen = []
     monkeypatch.setattr(train, "unrolled_loss", lambda *a, **options: seen.append(
-        (len(seen) // 4, a[4], torch.is_grad_enabled())) or unrolled_loss(*a, **options))
+        (len(seen) // 4, (a[4], options["surest"]), torch.is_grad_enabled()))
+        or unrolled_loss(*a, **options))
     run(*flags, "--steps", 12, "--micros", 4, "--batch-size", 1, "--eval-every", 12)
-    K, training = seen[0][1], [(at, k) for at, k, grad in seen if grad]
-    assert {k for at, k in training if at < 9} == {K} == {k for _, k, grad in seen if not grad}
-    assert max(k for at, k in training if at >= 9) == longest
-    shares = [train.steps_of(4, 900, 1000, random.Random(i)) == 12 for i in range(2000)]
-    assert 0.22 < sum(shares) / 2000 < 0.28
+    (K, _), training = seen[0][1], [(at, kind) for at, kind, grad in seen if grad]
+    assert {kind for at, kind in training if at < 9} == {(K, False)}
+    assert {kind for _, kind, grad in seen if not grad} == {(K, False)}
+    assert {kind for at, kind in training if at >= 9} == {(K, False), longest}
+    kinds = [train.trajectory(4, 750, 1000, random.Random(i)) for i in range(2000)]
+    assert set(kinds) == {(4, False), (12, True)} and 0.46 < kinds.count((12, True)) / 2000 < 0.54
+    assert {train.trajectory(4, 749, 1000, random.Random(i)) for i in range(99)} == {(4, False)}
     for line in metrics_of(tmp_path / "out"):
         assert f"dense_{K + 1}" not in line
 
