@@ -374,6 +374,21 @@ def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt):
     assert backbone(ids_of(backbone, 1, 5)).isfinite().all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_on_a_cpu_are_the_same_product(bias):
+    """The product the other way round: torch's own to rounding, laid out alike, for one row and for
+    as many as take this way; with a graph, or with more rows, torch's own bit for bit."""
+    layer = model.Linear(1024, 300, bias=bias)
+    for shape in ((1, 1024), (2, 32, 1024), (3, 0, 1024), (65, 1024)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+        assert y.shape == expected.shape and y.is_contiguous()
+        assert torch.allclose(y, expected, atol=1e-5)
+        assert shape != (65, 1024) or torch.equal(y, expected)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("name, sizes", [
     ("llada-8b,dim=1024,layers=8,vocab=32000", (1024, 8, 8, 8, 3072, 32000, 31999, 31998)),
     ("dream-7b,dim=512,layers=2", (512, 2, 4, 1, 2706, 152064, 151666, 151643)),
