@@ -424,8 +424,9 @@ class Alive(TorchDispatchMode):
 def update_bytes(config: Config, tokens: int, K: int, checkpointing: bool) -> tuple[int, int, int]:
     """What a memory's update on one sequence takes in bfloat16, in bytes: (the backbone's weights;
     the memory's, with gradients and AdamW's moments, float32; the peak of all else). Nothing is
-    computed: the operations of `denoise` and its backward pass run on fake tensors. Three quarters
-    of the tokens are the answer, and stay masked for all K steps: the most that can be."""
+    computed: the operations of `denoise` and its backward pass run on fake tensors (not through
+    `unrolled_loss`, which asks tensors for values). Three quarters of the tokens are the answer,
+    and stay masked for all K steps: the most that can be."""
     with torch.device("meta"):
         backbone = Backbone(config)
     with FakeTensorMode():

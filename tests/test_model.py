@@ -171,6 +171,7 @@ def test_hidden_states_of_some_positions(backbone):
         assert caches[0].k.abs().max() > 0
 
 
+@torch.no_grad()
 def test_forward_is_embed_hidden_logits(backbone):
     """The road a memory takes is the road `forward` takes, and the head can be asked for a few
     positions alone."""
