@@ -241,7 +241,7 @@ class Haystack:
 # what is asked for; the length is in the name, and a haystack of any length can be made.
 KINDS = {"needle1": (1,), "needle2": (2,), "needle4": (4,), "track2": (2, True),
          "track4": (4, True)}
-LENGTHS = (32, 64, 128, 256)  # training is at 64
+LENGTHS = (64, 96, 128, 256)  # training is at 64
 HAYSTACK: dict[str, Task] = {f"{kind}-{length}": Haystack(length, *asked)
                              for length in LENGTHS for kind, asked in KINDS.items()}
 SHORT = (32, 40, 48)  # lengths that checkpoints/haystack is pretrained on

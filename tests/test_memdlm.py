@@ -23,7 +23,7 @@ import tiny
 import train
 from memdlm import (PARTS, FastLoRA, LoRA, Settings, adapt, adapt_prompt, adapted, anchor_and_pre,
                     draw_masks, outer_loss)
-from model import Backbone, Config, InputError, load
+from model import CHECKPOINTS, Backbone, Config, InputError, load
 from sample import generate, left_pad
 
 LENGTHS = ((5, 9), (3, 12), (6, 4))  # prompt and answer of each row
@@ -667,6 +667,19 @@ def test_pretraining_on_haystacks(tmp_path, monkeypatch):
     assert {f"held_out_{kind}" for kind in tiny.KINDS} <= lines[-1].keys()
 
 
+def test_the_haystack_model_finds_needles():
+    """checkpoints/haystack is under 4 MB, solves what it was trained on, and leaves something to
+    learn at twice the training length."""
+    backbone, tokenizer = load("haystack", "cpu")
+    assert sum(f.stat().st_size for f in CHECKPOINTS["haystack"].iterdir() if f.is_file()) < 4e6
+    right = {}
+    for length in (48, 128):
+        task, rng = tiny.Haystack(length, *tiny.KINDS["needle4"]), random.Random(0)
+        prompts = [tiny.draw(task, rng, held_out=True)[0] for _ in range(20)]
+        right[length] = sum(bench.solve(backbone, tokenizer, task, prompts, 20, None, steps=24)[0])
+    assert right[48] >= 19 and right[128] < 10
+
+
 # ------------------------------------------------------------------ the bench
 def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
     """Each group off and on, with intervals by training seed; held-out curves and costs; the last
@@ -703,7 +716,7 @@ def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
 def test_the_bench_adapts_each_prompt_by_itself(ckpt, monkeypatch):
     """Fast weights for every prompt, on a batch that is decoded together."""
     backbone, tokenizer = load(ckpt, "cpu")
-    task, calls = tiny.HAYSTACK["needle2-32"], spied(monkeypatch)
+    task, calls = tiny.HAYSTACK["needle2-64"], spied(monkeypatch)
     prompts = [task.make(random.Random(i))[0] for i in range(5)]
     bench.solve(backbone, tokenizer, task, prompts, 3, Settings(), steps=2)
     assert [len(args[2]) for args, _ in calls] == [2, 3]
