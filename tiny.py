@@ -193,11 +193,11 @@ FIRST = {"sums": Sums(most=3)}
 class Haystack:
     """`length` tokens of filler with eight assignments "K=v" scattered in it, and a query. Asked
     for needles, the answer is their values; asked to track, it follows one variable through as many
-    assignments "C=B", "B=7" until a digit comes. Half of the assignments that nobody asks for name
+    assignments "c=b", "b=7" until a digit comes. Half of the assignments that nobody asks for name
     another one of them, so that a letter behind "=" gives nothing away.
 
-    Assignments look as in `Chain`, filler is words of capitals, and the query has one width, so that
-    each of the answer's tokens has its counterpart in it 16 before."""
+    Assignments look as in `Chain`, filler is words of capitals, and the query has one width, so
+    that each of the answer's tokens has its counterpart in it 16 before."""
 
     names, pairs, slots = "abcdefgh", 8, 4
 
@@ -426,7 +426,7 @@ def pretrain(args: argparse.Namespace) -> None:
             text = torch.cat(data[:2], 1)
             data = text[:, :0], text, None
         loss = llada_loss(backbone, *move(data, device), generator)
-        # most of a text is filler, which nobody can guess
+        # our choice: most of a text is filler, which nobody can guess
         return loss * (0.1 if name == "text" else 1), {name: loss.item()}
 
     @torch.no_grad()
