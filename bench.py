@@ -215,7 +215,7 @@ def plot(rows: list[dict], path: str) -> None:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="forwards", ylabel="accuracy, %")
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         for kind, style in (("steps", "o-"), ("threshold", "x--")):
             line = sorted((r for r in rows if r["variant"] == variant and r["task"] == "mean"
                            and kind in r["setting"]), key=lambda r: r["forwards"])
@@ -223,7 +223,10 @@ def plot(rows: list[dict], path: str) -> None:
             errors = [[abs(r[end] - r["accuracy"]) for r in line] for end in ("low", "high")]
             if line:
                 axes.errorbar([r["forwards"] for r in line], y, yerr=errors, fmt=style,
-                              label=f"{variant}, by {kind}", capsize=2, alpha=0.8)
+                              color=f"C{i}", label=f"{variant}, by {kind}", capsize=2, alpha=0.8)
+    ticks = sorted({int(r["forwards"]) for r in rows if "steps" in r["setting"]})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     figure.savefig(path)
 
@@ -661,7 +664,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ckpt", default="tiny", help="checkpoint that was trained on the tasks")
     p.add_argument("--tasks", type=_names, default=list(TASKS), help="comma-separated")
     p.add_argument("--budgets", type=_budgets, default=[1, 2, 4, 8], help="tokens per step")
-    p.add_argument("--thresholds", type=_thresholds, default=[], help="also confidence thresholds")
+    p.add_argument("--thresholds", type=_thresholds, default=[0.9999, 0.999, 0.99, 0.9],
+                   help='also by confidence; "" for none')
     p.add_argument("--memory", nargs="*", metavar="FILE", help="memories, one per training seed "
                    "(default for tiny: metastate*.safetensors in its folder)")
     p.add_argument("--reset", nargs="*", metavar="FILE", help="memories of train.py --reset "

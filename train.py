@@ -223,7 +223,9 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
 
 
 def _combine(records: list[dict], parameters: dict[str, nn.Parameter]) -> list[dict]:
-    """Add up the gradients of all processes in place, and join their figures."""
+    """Add up the gradients of all processes in place, and join their figures. The sum is the
+    average: every loss is divided by the number of all micro-batches. Plainer than
+    DistributedDataParallel, whose hooks want all K steps to be one module's forward."""
     flat = torch.cat([p.grad.flatten() for p in parameters.values()])
     dist.all_reduce(flat)
     for p, g in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()])):

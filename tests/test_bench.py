@@ -183,6 +183,21 @@ def test_the_table_and_its_json(files, capsys):
     assert 0 < result["forwards_share"] <= 1
 
 
+def test_the_shipped_memories_are_memory(capsys):
+    """The files beside the tiny model are found without being named: three training seeds and
+    three of the control. In a quarter of the steps each seed leads the frozen backbone and every
+    seed of the control by far, and so does their mean, also over themselves with the memories of
+    other prompts."""
+    assert bench.main(["accuracy", "--tasks", "chain,sums", "--budgets", "4", "--prompts", "60",
+                       "--thresholds", "", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    seeds = {r["variant"]: r["seeds"] for r in result["rows"] if r["task"] == "mean"}
+    assert [len(seeds[v]) for v in ("frozen", "MetaState", "shuffled", "reset")] == [1, 3, 3, 3]
+    assert min(seeds["MetaState"]) > max(seeds["frozen"] + seeds["reset"]) + 20
+    assert {lead["minus"] for lead in result["leads"]} == {"frozen", "shuffled", "reset"}
+    assert all(lead["low"] > 20 for lead in result["leads"])
+
+
 def test_the_same_seed_asks_the_same_prompts(capsys):
     """Two runs print the same table; another seed picks other prompts."""
     tables = []
