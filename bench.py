@@ -1,14 +1,15 @@
 """What decoding with fewer steps costs, and how fast a step is.
 
-    python bench.py accuracy                       # tasks x step budgets, checkpoints/tiny
+    python bench.py accuracy                       # tasks x steps and thresholds, some 30 min
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
     python bench.py footprint --ckpt llada-8b      # GB that an update takes, without running it
     python bench.py memdlm --standard out/plain-0 out/plain-1 --memdlm out/memdlm-0 out/memdlm-1
 
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
-one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories the table
-has the frozen backbone beside MetaState and its controls, reset and shuffled.
+one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories, for the
+tiny model those in its folder (none with a bare `--memory --reset`), the table has the frozen
+backbone beside MetaState and its controls, reset and shuffled.
 
 For MemDLM: accuracy by haystack length with fast weights off and on, held-out losses over training,
 and what a training step and a prompt cost; a folder that memdlm.py wrote for each training seed.
