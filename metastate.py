@@ -191,10 +191,9 @@ class MetaState(nn.Module):
         """Sized for a backbone: 64 slots of width 1024 for 8B and 7B (0.5 to 0.7% of their
         parameters); for small backbones 24 slots of its own width."""
         c = backbone.config
-        large = c.dim >= 2048
-        slots = (64 if large else 24) if slots is None else slots
-        width = (1024 if large else c.dim) if width is None else width
-        heads = 8 if large else 4
+        slots = (64 if c.large else 24) if slots is None else slots
+        width = (1024 if c.large else c.dim) if width is None else width
+        heads = 8 if c.large else 4
         if slots < 1 or width < heads or width % heads:
             raise InputError(f"--slots {slots} and --width {width}: there has to be a slot, and "
                              f"{heads} heads have to divide the width")

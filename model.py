@@ -197,6 +197,12 @@ class Config:
         return self.family == "dream"
 
     @property
+    def large(self) -> bool:
+        """Whether this is of LLaDA-8B's and Dream-7B's class: what is sized for these, or else for
+        a model that trains on a laptop, goes by it."""
+        return self.dim >= 2048
+
+    @property
     def parameters(self) -> int:
         """Number of weights of the backbone."""
         kv = self.kv_heads * self.head_dim

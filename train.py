@@ -121,14 +121,21 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
     return total
 
 
+def end_phase(steps: int) -> int:
+    """Updates of the end phase of a run of so many: a tenth as many as before it."""
+    return steps // 11
+
+
 def trajectory(K: int, step: int, steps: int, rng: random.Random) -> tuple[int, bool]:
-    """(steps to unroll, surest first) of a micro-batch of update `step`: K in random order; in the
-    last quarter of a run every second micro-batch takes 3 K steps and reveals the surest first.
-    Our choice: sampling updates the memory far more often than K times and commits what is sure,
-    so that what is left is hard; a memory that has seen neither loses accuracy where steps are
-    many (on the tiny model 1 to 5 points at one token per step)."""
-    if step >= 0.75 * steps and rng.random() < 0.5:
-        return 3 * K, True
+    """(steps to unroll, surest first) of a micro-batch of update `step`: K in random order, at
+    first. In the last quarter of the main part of a run every second micro-batch takes 3 K steps
+    and reveals the surest first, in the end phase 6 K. Our choice: sampling updates the memory far
+    more often than K times and commits what is sure, so that what is left is hard; a memory that
+    has seen neither loses accuracy where steps are many (on the tiny model 1 to 5 points at one
+    token per step)."""
+    main = steps - end_phase(steps)
+    if step >= 0.75 * main and rng.random() < 0.5:
+        return (3 if step < main else 6) * K, True
     return K, False
 
 
@@ -138,6 +145,15 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def restarted(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: `cosine` down to 0 before the end phase; that one, which
+    would learn nothing so late, has a cosine of its own, from 0.3 (our choice)."""
+    end = end_phase(steps)
+    if step < steps - end:
+        return cosine(step, steps - end, warmup)
+    return 0.3 * cosine(step - (steps - end), end, end // 20)
 
 
 def trapezoid(step: int, steps: int, warmup: int) -> float:
@@ -442,22 +458,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
     loss.add_argument("--cut", action="store_true", help="ablation: gradients reach one step back")
     fit_ = p.add_argument_group("optimisation")
-    fit_.add_argument("--steps", type=int, default=3000, help="updates")
-    fit_.add_argument("--batch-size", type=int, default=16, help="examples per micro-batch")
-    fit_.add_argument("--micros", type=int, default=4, help="micro-batches per update; for tiny's "
-                      "tasks one task each")
+    fit_.add_argument("--steps", type=int, default=3300, help="updates")
+    fit_.add_argument("--batch-size", type=int, help="examples per micro-batch (default: 1 for 8B "
+                      "and 7B, else 16)")
+    fit_.add_argument("--micros", type=int, help="micro-batches per update; for tiny's tasks one "
+                      "task each (default: 16 for 8B and 7B, else 4)")
     fit_.add_argument("--lr", type=float, default=1e-3, help="peak of AdamW")
     fit_.add_argument("--warmup", type=int, default=50)
     fit_.add_argument("--seed", type=seed, default=0, help="of the memory's weights and the data")
     fit_.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response")
-    fit_.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
+    fit_.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                      help="recompute blocks: less memory (default: for 8B and 7B)")
     fit_.add_argument("--compile", action=argparse.BooleanOptionalAction,
                       help="torch.compile (default: on CUDA)")
     fit_.add_argument("--save-every", type=int, default=100)
     fit_.add_argument("--eval-every", type=int, default=250)
     args = p.parse_args(argv)
     for name in ("K", "steps", "batch_size", "micros", "max_length", "save_every", "eval_every"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and has to be "
                              "1 or more")
     if not 0 < args.lr < math.inf or args.warmup < 0:
@@ -465,6 +483,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.lam <= 1 or not 0 < args.concentration < math.inf:
         raise InputError("--lam has to lie in [0, 1] and --concentration above 0")
     return args
+
+
+def fill_in(args: argparse.Namespace, config: Config) -> None:
+    """The defaults that go by the backbone's size. For 8B and 7B, one example at a time, its blocks
+    recomputed, fits a GPU with 40 GB in the end phase too; 3,300 updates of 16 examples pass once
+    over the 50,000 (our choice)."""
+    small, large = dict(batch_size=16, micros=4, checkpointing=False), dict(
+        batch_size=1, micros=16, checkpointing=True)
+    for name, value in (large if config.large else small).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 @command
@@ -478,7 +507,9 @@ def main(argv: list[str] | None = None) -> int:
     backbone, tokenizer = load(args.ckpt, device, args.dtype)
     if tokenizer is None:
         raise InputError(f"{args.ckpt} has no tokenizer, so no data can be read")
-    backbone.checkpointing, c = args.checkpointing, backbone.config
+    c = backbone.config
+    fill_in(args, c)
+    backbone.checkpointing = args.checkpointing
     device = backbone.embedding.weight.device
     memory = MetaState.for_backbone(
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
@@ -503,14 +534,15 @@ def main(argv: list[str] | None = None) -> int:
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        losses = [loss_of(0, i, True)[0].item() for i in range(8)]
+        losses = [loss_of(0, i, True)[0].item() for i in range(max(8, 64 // args.batch_size))]
         return {"held_out": sum(losses) / len(losses)}
 
     chosen = {k: v for k, v in vars(args).items()
               if k not in ("out", "device", "dtype", "save_every", "eval_every", "checkpointing",
                            "compile")}
     fit(dict(memory.named_parameters()), lambda step, micro: loss_of(step, micro, False), args.out,
-        steps=args.steps, lr=args.lr, warmup=args.warmup, micros=args.micros,
+        steps=args.steps, lr=args.lr, schedule=cosine if args.no_long else restarted,
+        warmup=args.warmup, micros=args.micros,
         save_every=args.save_every, eval_every=args.eval_every, evaluate=evaluate,
         settings={**chosen, "backbone": memory.fingerprint})
     if rank == 0:

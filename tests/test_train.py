@@ -35,7 +35,8 @@ import train
 from metastate import MetaState
 from model import Backbone, Config, InputError, Tokenizer, load
 from sample import generate
-from train import cosine, file_batches, fit, read_examples, reveal_steps, trapezoid, unrolled_loss
+from train import (cosine, file_batches, fit, read_examples, restarted, reveal_steps, trapezoid,
+                   unrolled_loss)
 
 STATE, METRICS, MEMORY = "training.safetensors", "metrics.jsonl", "metastate.safetensors"
 
@@ -368,6 +369,17 @@ def test_cosine():
     assert cosine(0, 10, 0) == 1
 
 
+def test_restarted():
+    """The main part is a cosine down to 0; the end phase, a tenth as long, another one from 0.3 of
+    the peak. A run too short for an end phase has none."""
+    assert [restarted(step, 330, 10) for step in range(300)] == [
+        cosine(step, 300, 10) for step in range(300)]
+    end = [restarted(step, 330, 10) for step in range(300, 331)]
+    assert end[:2] == pytest.approx([0.3, 0.3]) and end[30] == pytest.approx(0)
+    assert all(a > b for a, b in zip(end[1:], end[2:]))
+    assert [restarted(s, 10, 2) for s in range(10)] == [cosine(s, 10, 2) for s in range(10)]
+
+
 def test_trapezoid():
     """A line up, a plateau, and a line down to 0 over the last tenth; before that it does not
     depend on the number of steps."""
@@ -439,7 +451,7 @@ def test_fit_learns_and_writes_it_down(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == [METRICS, STATE]
 
 
-@pytest.mark.parametrize("schedule", [cosine, trapezoid])
+@pytest.mark.parametrize("schedule", [cosine, restarted, trapezoid])
 def test_the_learning_rate_follows_the_schedule(tmp_path, schedule):
     """A constant gradient moves AdamW by the learning rate at each step: the way is their sum."""
     p = nn.Parameter(torch.zeros(4))
@@ -1105,25 +1117,52 @@ def test_the_flags_reach_the_loss(run, monkeypatch, flags, expected):
     assert run(*flags, "--steps", 1)[0] == 0 and seen == {expected}
 
 
-@pytest.mark.parametrize("flags, longest", [
-    ((), (6, True)), (("--no-long",), (2, False)), (("--K", 1), (3, True))], ids=str)
-def test_the_last_quarter_has_longer_trajectories(run, tmp_path, monkeypatch, flags, longest):
-    """Half of the micro-batches walk 3 K steps there, the surest first; none before and none in the
-    evaluation; the metrics' dense_k are those of K steps."""
-    seen = []
+@pytest.mark.parametrize("name, expected", [
+    ("llada-8b", (1, 16, True)), ("dream-7b", (1, 16, True)),
+    ("llada-8b,dim=96,layers=3,heads=6,kv_heads=6", (16, 4, False))], ids=str)
+def test_defaults_go_by_the_backbone(name, expected):
+    """An 8B model takes its examples one by one and recomputes its blocks, a small one does not;
+    what the command line says is kept."""
+    for flags, chosen in (([], expected), (["--batch-size", "3", "--micros", "2",
+                                            "--no-checkpointing"], (3, 2, False))):
+        args = train.parse(flags)
+        train.fill_in(args, model.shapes_of(name))
+        assert (args.batch_size, args.micros, args.checkpointing) == chosen
+
+
+@pytest.mark.parametrize("flags, K, longer, longest", [
+    ((), 2, (6, True), (12, True)), (("--no-long",), 2, (2, False), (2, False)),
+    (("--K", 1, "--reset"), 1, (3, True), (6, True))], ids=str)
+def test_trajectories_get_longer(run, tmp_path, monkeypatch, flags, K, longer, longest):
+    """Of 44 updates the last 4 are the end phase, and the others the main part. Half of the
+    micro-batches of its last quarter walk 3 K steps, the surest first, and half of the end phase's
+    6 K; none before and none in the evaluation. The metrics' dense_k are those of K steps, and the
+    schedule is the one that goes with it."""
+    seen, schedules = [], []
     monkeypatch.setattr(train, "unrolled_loss", lambda *a, **options: seen.append(
         (len(seen) // 4, (a[4], options["surest"]), torch.is_grad_enabled()))
         or unrolled_loss(*a, **options))
-    run(*flags, "--steps", 12, "--micros", 4, "--batch-size", 1, "--eval-every", 12)
-    (K, _), training = seen[0][1], [(at, kind) for at, kind, grad in seen if grad]
-    assert {kind for at, kind in training if at < 9} == {(K, False)}
+    monkeypatch.setattr(train, "fit", lambda *a, **options: schedules.append(options["schedule"])
+                        or fit(*a, **options))
+    run(*flags, "--steps", 44, "--micros", 4, "--batch-size", 1, "--eval-every", 44)
+    training = [(at, kind) for at, kind, grad in seen if grad]
+    assert len(training) == 44 * 4 and len(seen) == len(training) + 64
+    assert {kind for at, kind in training if at < 30} == {(K, False)}
+    assert {kind for at, kind in training if 30 <= at < 40} == {(K, False), longer}
+    assert {kind for at, kind in training if at >= 40} == {(K, False), longest}
     assert {kind for _, kind, grad in seen if not grad} == {(K, False)}
-    assert {kind for at, kind in training if at >= 9} == {(K, False), longest}
-    kinds = [train.trajectory(4, 750, 1000, random.Random(i)) for i in range(2000)]
-    assert set(kinds) == {(4, False), (12, True)} and 0.46 < kinds.count((12, True)) / 2000 < 0.54
-    assert {train.trajectory(4, 749, 1000, random.Random(i)) for i in range(99)} == {(4, False)}
+    assert schedules == [cosine if "--no-long" in flags else restarted]
     for line in metrics_of(tmp_path / "out"):
         assert f"dense_{K + 1}" not in line
+
+
+def test_every_second_trajectory_is_long():
+    """A coin says which, the same for one micro-batch whenever it is asked."""
+    for step, long in ((750, (12, True)), (999, (12, True)), (1000, (24, True))):
+        kinds = [train.trajectory(4, step, 1100, random.Random(i)) for i in range(2000)]
+        assert set(kinds) == {(4, False), long} and 0.46 < kinds.count(long) / 2000 < 0.54
+        assert kinds[7] == train.trajectory(4, step, 1100, random.Random(7))
+    assert {train.trajectory(4, 749, 1100, random.Random(i)) for i in range(99)} == {(4, False)}
 
 
 def killed_training(argv: list[str], moment: str, countdown: int) -> None:
@@ -1172,7 +1211,7 @@ def test_the_tasks_are_the_tiny_models_data(ckpt, tmp_path, monkeypatch, capsys)
     assert train.main(["--out", str(tmp_path), "--device", "cpu", "--steps", "1", "--K", "2",
                        "--batch-size", "2"]) == 0
     tasks = list(tiny.TASKS.values())
-    assert asked == [(task, False) for task in tasks] + [(task, True) for task in tasks] * 2
+    assert asked == [(task, False) for task in tasks] + [(task, True) for task in tasks] * 8
     assert "held_out" in metrics_of(tmp_path)[0] and capsys.readouterr().err == ""
 
 
@@ -1222,8 +1261,8 @@ def test_the_figures_are_those_of_all_micro_batches(run, tmp_path):
 
 @pytest.mark.parametrize("micros", [1, 2, 3, 4])
 def test_the_held_out_loss_is_of_many_examples(run, monkeypatch, micros):
-    """The eight batches of an evaluation hold different examples, however many micro-batches a step
-    has."""
+    """The batches of an evaluation hold different examples, 64 in all, however many micro-batches a
+    step has."""
     seen = []
 
     def spy(backbone, memory, ids, *args, **kwargs):
@@ -1233,7 +1272,7 @@ def test_the_held_out_loss_is_of_many_examples(run, monkeypatch, micros):
 
     monkeypatch.setattr(train, "unrolled_loss", spy)
     run("--micros", micros, "--steps", 1)
-    assert len(seen) == 16  # of 80 examples 10 are held out, and all of these are among them
+    assert len(seen) == 64  # of 80 examples 10 are held out, and all of these are among them
     assert len({tuple(i for i in row if i != 1) for row in seen}) == 10
 
 
