@@ -2,7 +2,7 @@
 
     python train.py                                        # for the tiny model, on its tasks
     python train.py --ckpt llada-8b --out out/llada        # 50,000 examples of the Tulu-3 mixture
-    python train.py --ckpt dream-7b --data chats.jsonl --checkpointing
+    python train.py --ckpt dream-7b --data chats.jsonl --max-length 512
     torchrun --nproc-per-node 2 train.py --micros 4        # processes share the micro-batches
 
 `unrolled_loss` walks the whole denoising trajectory in K steps with the graph kept. `fit` is the
