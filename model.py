@@ -198,8 +198,8 @@ class Config:
 
     @property
     def large(self) -> bool:
-        """Whether this is of LLaDA-8B's and Dream-7B's class: what is sized for these, or else for
-        a model that trains on a laptop, goes by it."""
+        """Whether this is of LLaDA-8B's and Dream-7B's class, by its width (our choice): sizes of a
+        memory and defaults of its training are for these, or else for a laptop."""
         return self.dim >= 2048
 
     @property

@@ -122,7 +122,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
 
 
 def end_phase(steps: int) -> int:
-    """Updates of the end phase of a run of so many: a tenth as many as before it."""
+    """Updates of the end phase of a run of so many: a tenth as many as before it (our choice)."""
     return steps // 11
 
 
@@ -149,7 +149,8 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 def restarted(step: int, steps: int, warmup: int) -> float:
     """Share of the peak learning rate: `cosine` down to 0 before the end phase; that one, which
-    would learn nothing so late, has a cosine of its own, from 0.3 (our choice)."""
+    would learn nothing so late, has a cosine of its own from 0.3, after a short warm-up (our
+    choice)."""
     end = end_phase(steps)
     if step < steps - end:
         return cosine(step, steps - end, warmup)
@@ -452,7 +453,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--no-local", action="store_true", help="ablation: no local attention bias")
     loss = p.add_argument_group("loss")
     loss.add_argument("--K", type=int, default=4, help="unrolled steps")
-    loss.add_argument("--no-long", action="store_true", help="ablation: K random steps to the end")
+    loss.add_argument("--no-long", action="store_true", help="ablation: K random steps to the "
+                      "end, and no end phase")
     loss.add_argument("--lam", type=float, default=0.5, help="dense against reveal loss")
     loss.add_argument("--concentration", type=float, default=1.0, help="of the Dirichlet")
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
@@ -487,7 +489,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def fill_in(args: argparse.Namespace, config: Config) -> None:
     """The defaults that go by the backbone's size. For 8B and 7B, one example at a time, its blocks
-    recomputed, fits a GPU with 40 GB in the end phase too; 3,300 updates of 16 examples pass once
+    recomputed, should fit 40 GB in the end phase too (`bench.py footprint`); 3,300 updates of 16 examples pass once
     over the 50,000 (our choice)."""
     small, large = dict(batch_size=16, micros=4, checkpointing=False), dict(
         batch_size=1, micros=16, checkpointing=True)
