@@ -1,6 +1,6 @@
 """What decoding with fewer steps costs, and how fast a step is.
 
-    python bench.py accuracy                       # tasks x steps and thresholds, some 30 min
+    python bench.py accuracy                       # tasks x steps and thresholds, some 25 min
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
     python bench.py footprint --ckpt llada-8b      # GB that an update takes, without running it

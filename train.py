@@ -488,9 +488,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, config: Config) -> None:
-    """The defaults that go by the backbone's size. For 8B and 7B, one example at a time, its blocks
-    recomputed, should fit 40 GB in the end phase too (`bench.py footprint`); 3,300 updates of 16 examples pass once
-    over the 50,000 (our choice)."""
+    """The defaults that go by the backbone's size (our choice). For 8B and 7B, one example at a
+    time, its blocks recomputed, should fit 40 GB in the end phase too (`bench.py footprint`); 3,300
+    updates of 16 examples pass once over the 50,000."""
     small, large = dict(batch_size=16, micros=4, checkpointing=False), dict(
         batch_size=1, micros=16, checkpointing=True)
     for name, value in (large if config.large else small).items():
