@@ -1,5 +1,6 @@
 # From a bare machine with Python 3.11 or newer: `make demo` installs and shows the tiny model
-# write, `make test` installs and runs the tests. Both work in .venv and reuse it afterwards.
+# write, `make test` installs and runs the tests, `make faults` those that are slow by nature: many
+# kills, full disks, long loops. All work in .venv and reuse it afterwards.
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -9,10 +10,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q tests
 
+faults: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q tests -m faults
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test faults

@@ -9,8 +9,7 @@ thrown away (the "Information Island", arXiv 2603.01331). MetaState keeps M slot
     c_t     = Mixer(s_t, h_t, t)                       the slots read the activations
     s_{t-1} = Updater(s_t, c_t, t)                     a GRU integrates what they read
 
-Each decision below is marked `# paper` where the authors published it and `# our choice` where
-nothing published says how.
+`# paper` marks what the authors published, `# our choice` what nothing published says.
 """
 from __future__ import annotations
 
@@ -21,7 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import InputError, read_tensors, save_tensors
+from lib.cli import InputError, require
+from lib.files import read_tensors, save_tensors
+
+FORMAT = 1  # of memory files; those that do not state it are of this format too
 
 
 class TimeConditioner(nn.Module):
@@ -51,8 +53,7 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """x (B, N, dim), cond (B, C) -> (B, N, dim)."""
-        x = x.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
         scale, shift = self.modulation(cond)[:, None].chunk(2, -1)    # (B, 1, dim) each
         return (x * (1 + scale) + shift).to(scale.dtype)
 
@@ -62,10 +63,9 @@ class CrossAttention(nn.Module):
 
         softmax(q k^T / sqrt(hd) - slope_head * distance) v,   then one output projection
 
-    distance is between a token and a slot's centre, in slot spacings; the slopes are learned, half
-    of the heads begin at 4 (sharply local), a quarter at 1 and the rest at 0. Without the bias the
-    memory stays unused for long: slots that all see everything have no reason to differ.
-    # our choice"""
+    distance is between a token and a slot's centre, in slot spacings; slopes are learned, half of
+    the heads begin at 4, a quarter at 1, the rest at 0. Without the bias the memory stays unused:
+    slots that all see everything have no reason to differ  # our choice"""
 
     def __init__(self, dim_x: int, dim_y: int, dim_out: int, width: int, heads: int):
         super().__init__()
@@ -94,8 +94,7 @@ class Mixer(nn.Module):
 
         c_t = Attention(norm(s_t + id; t), norm(h_t; t))
 
-    h_t is the hidden state after the last norm, all positions, pads hidden; id are the slots'
-    learned identities  # our choice"""
+    h_t: after the last norm, all positions but pads; id: learned identities  # our choice"""
 
     def __init__(self, dim: int, width: int, heads: int, cond: int):
         super().__init__()
@@ -166,37 +165,32 @@ class MetaState(nn.Module):
         self.updater = Updater(width, cond)
         self.injector = Injector(dim, width, heads, cond)
         # learned, the same for every prompt; the identities make the slots differ  # our choice
-        self.start = nn.Parameter(torch.zeros(slots, width))
-        self.identity = nn.Parameter(torch.zeros(slots, width))
+        self.start, self.identity = (nn.Parameter(torch.zeros(slots, width)) for _ in range(2))
         self._initialise(generator or torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         """Normal with deviation fan_in ** -0.5, the identities 1; zero for biases, modulations and
         the Injector's output, so that the untrained memory changes nothing.  # our choice"""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.in_features ** -0.5, generator=generator)
+                if name.endswith("modulation") or name == "injector.attention.out":
+                    module.weight.zero_()
                 if module.bias is not None:
                     module.bias.zero_()
-        for module in self.modules():
-            if isinstance(module, AdaptiveNorm):
-                module.modulation.weight.zero_()
-        self.injector.attention.out.weight.zero_()
         self.identity.normal_(0.0, 1.0, generator=generator)
 
     @classmethod
     def for_backbone(cls, backbone, slots: int | None = None, width: int | None = None,
                      **options) -> MetaState:
-        """Sized for a backbone: 64 slots of width 1024 for 8B and 7B (0.5 to 0.7% of their
-        parameters); for small backbones 24 slots of its own width."""
+        """64 slots of width 1024 for 8B and 7B (0.5 to 0.7% of their parameters); for small
+        backbones 24 slots of their own width."""
         c = backbone.config
-        slots = (64 if c.large else 24) if slots is None else slots
-        width = (1024 if c.large else c.dim) if width is None else width
-        heads = 8 if c.large else 4
-        if slots < 1 or width < heads or width % heads:
-            raise InputError(f"--slots {slots} and --width {width}: there has to be a slot, and "
-                             f"{heads} heads have to divide the width")
+        most, wide, heads = (64, 1024, 8) if c.large else (24, c.dim, 4)
+        slots, width = most if slots is None else slots, wide if width is None else width
+        require(slots > 0 and width >= heads and width % heads == 0, f"--slots {slots} and --width "
+                f"{width}: there has to be a slot, and {heads} heads have to divide the width")
         return cls(c.dim, slots, width, heads, fingerprint=backbone.fingerprint(), **options)
 
     def initial(self, batch: int) -> torch.Tensor:
@@ -217,7 +211,7 @@ class MetaState(nn.Module):
         return self.updater(s, reading, cond)
 
     def compile(self, **options) -> None:
-        """Compile the three parts with torch.compile, whose options these are."""
+        """Compile the three parts with torch.compile's options."""
         for part in (self.mixer, self.updater, self.injector):
             part.compile(**options)
 
@@ -226,30 +220,55 @@ class MetaState(nn.Module):
 
     def _distance(self, x, span) -> torch.Tensor:
         """(B, T, M): from each position to each slot's centre, in slot spacings."""
-        M = self.sizes["slots"]
-        rows = torch.zeros(x.shape[0], 1, 1, device=x.device)
-        if not self.sizes["local"]:
-            return rows.expand(-1, x.shape[1], M)
-        start, length = (rows + torch.as_tensor(v, device=x.device).view(-1, 1, 1) for v in span)
-        spacing = length / M                                          # (B, 1, 1)
+        (B, T, _), M = x.shape, self.sizes["slots"]
+        start, length = (torch.as_tensor(v, device=x.device).view(-1, 1, 1) for v in span)
+        spacing = length / M                                          # (B or 1, 1, 1)
         centre = start + (torch.arange(M, device=x.device) + 0.5) * spacing - 0.5   # (B, 1, M)
-        position = torch.arange(x.shape[1], device=x.device)[None, :, None]        # (1, T, 1)
-        return (position - centre).abs() / spacing
+        position = torch.arange(T, device=x.device)[None, :, None]    # (1, T, 1)
+        return ((position - centre).abs() / spacing * self.sizes["local"]).expand(B, -1, -1)
 
     def save(self, path: str | Path) -> None:
         """Write weights, sizes and the backbone's fingerprint as one safetensors file."""
-        save_tensors(path, self.state_dict(), {"sizes": self.sizes, "backbone": self.fingerprint})
+        stated = {"format": FORMAT, "sizes": self.sizes, "backbone": self.fingerprint}
+        save_tensors(path, self.state_dict(), stated)
 
     @classmethod
     def load(cls, path: str | Path, backbone) -> MetaState:
         """A frozen memory in eval mode on the backbone's device. Raises `InputError` when the file
-        is missing or broken, or belongs to another backbone."""
+        is missing or broken, of another format, or belongs to another backbone."""
         try:
-            tensors, metadata = read_tensors(path)
-            memory = cls(**metadata["sizes"], fingerprint=metadata["backbone"])
+            tensors, stated = read_tensors(path)
+            require(stated.get("format", FORMAT) == FORMAT, f"format {stated.get('format')!r}")
+            memory = cls(**stated["sizes"], fingerprint=stated["backbone"])
             memory.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is not a MetaState memory ({error})") from error
-        if memory.fingerprint != backbone.fingerprint():
-            raise InputError(f"{path} was trained for another backbone")
+        require(memory.fingerprint == backbone.fingerprint(),
+                f"{path} was trained for another backbone")
         return memory.to(backbone.embedding.weight.device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ controls (ours)
+class Reset:
+    """A memory set back to its start after every step: an adapter of the same weights. What
+    MetaState gains over this is the memory's."""
+
+    def __init__(self, memory: MetaState):
+        self.memory, self.initial, self.inject = memory, memory.initial, memory.inject
+
+    def update(self, s: torch.Tensor, *seen) -> torch.Tensor:
+        return self.initial(len(s))
+
+
+class Shuffled(Reset):
+    """A memory whose states move to the next row after every step: does a prompt need its own?"""
+
+    def update(self, s: torch.Tensor, *seen) -> torch.Tensor:
+        return self.memory.update(s, *seen).roll(1, 0)
+
+
+class Cut(Reset):
+    """A memory whose gradients end within a step: is training through all K steps needed?"""
+
+    def update(self, s: torch.Tensor, h: torch.Tensor, *seen) -> torch.Tensor:
+        return self.memory.update(s.detach(), h.detach(), *seen)

@@ -6,14 +6,13 @@ import types
 
 import pytest
 import torch
-from conftest import DATA, EOS_ID, FAMILIES
-from test_metastate import awake
-from test_sample import prompts_of
+from conftest import DATA, EOS_ID, FAMILIES, awake, prompts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lib.data import left_pad
 from model import load
-from sample import generate, left_pad
+from sample import generate
 
 
 class Recording(TorchDispatchMode):
@@ -51,9 +50,9 @@ def test_block_steps_replayed_as_a_graph(family, with_memory, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Recording()) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     backbone, _ = load(DATA / family, "cpu")
-    memory = awake(backbone) if with_memory else None
-    ids, pad = left_pad(prompts_of([9, 4, 6]), EOS_ID, "cpu")
-    options = dict(gen_length=24, block_length=8, steps=24, cache="dual", memory=memory,
+    memory = awake(backbone, slots=6) if with_memory else None
+    ids, pad = left_pad(prompts_of([9, 4, 6]), EOS_ID)
+    options = dict(gen_length=12, block_length=6, steps=12, cache="dual", memory=memory,
                    order="low_confidence")
     for more in (dict(), dict(pad_mask=pad), dict(pad_mask=pad, cfg_scale=0.7, refresh=3)):
         plain = generate(backbone, ids, **options, **more)
@@ -61,7 +60,7 @@ def test_block_steps_replayed_as_a_graph(family, with_memory, monkeypatch):
         replayed = generate(backbone, ids, **options, **more)
         backbone.graphs = False
         assert torch.equal(plain.ids, replayed.ids) and plain.forwards == replayed.forwards
-        whole = 9 if "refresh" in more else 3
+        whole = 4 if "refresh" in more else 2
         assert len(graphs) == count + 1 and graphs[-1].replays == plain.forwards - whole
     generate(backbone, ids, **options | dict(cache="prefix"))
     assert len(graphs) == 3

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import DATA, EOS_ID, MASK_ID, byte_tokenizer
+from conftest import EOS_ID, MASK_ID, byte_tokenizer
 
 import sample
-from model import Config, Tokenizer, load
-from sample import FRESH, MASK, NEWLINE, LiveView, Step, generate
+from lib.live import (FRESH, MASK, NEWLINE, LiveView, answer_text, count_tokens, figures,
+                      printable)
+from lib.tokenizer import Tokenizer
+from model import load
+from sample import Sample, generate
 
-CONFIG = Config.from_json(DATA / "llada")
 PROMPT = [7, 8]  # two tokens that no frame may show
 STATUS = re.compile(r"(\d+)/(\d+) positions  (\d+) tokens  (\d+) forwards  "
                     r"[\d.]+ tokens/forward  [\d.]+ tokens/s")
@@ -89,11 +91,11 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def terminal(tokenizer, monkeypatch):
     """show(*steps, columns=, lines=) -> the screen after the last step."""
-    def show(*steps: Step, columns: int = 200, lines: int = 24) -> Screen:
+    def show(*steps: Sample, columns: int = 200, lines: int = 24) -> Screen:
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("LINES", str(lines))
         stream, screen = FakeTerminal(), Screen(columns)
-        view = LiveView(tokenizer, CONFIG, len(PROMPT), stream)
+        view = LiveView(tokenizer, MASK_ID, EOS_ID, len(PROMPT), stream)
         for step in steps:
             view(step)
             screen.feed(stream.getvalue())
@@ -103,13 +105,13 @@ def terminal(tokenizer, monkeypatch):
     return show
 
 
-def step_of(answer: list[int], fresh: range | list[int] = (), forwards: int = 1) -> Step:
+def step_of(answer: list[int], fresh: range | list[int] = (), forwards: int = 1) -> Sample:
     """A step that shows an answer, positions `fresh` just committed."""
     ids = torch.tensor([PROMPT + answer])
     marks = torch.zeros_like(ids, dtype=torch.bool)
     for i in fresh:
         marks[0, len(PROMPT) + i] = True
-    return Step(ids, marks, forwards, 1.0)
+    return Sample(ids, marks, forwards, 1.0)
 
 
 # ------------------------------------------------------------------ on a terminal
@@ -195,12 +197,12 @@ def test_a_whole_generation_on_a_narrow_terminal(text_ckpt, tokenizer, monkeypat
     monkeypatch.setenv("LINES", "50")
     backbone, _ = load(text_ckpt, "cpu")
     stream = FakeTerminal()
-    view = LiveView(tokenizer, CONFIG, len(PROMPT), stream)
+    view = LiveView(tokenizer, MASK_ID, EOS_ID, len(PROMPT), stream)
     result = generate(backbone, torch.tensor([PROMPT]), gen_length=32, block_length=8, steps=16,
                       on_step=view)
     screen = Screen(17).feed(stream.getvalue())
-    answer = sample.answer_text(result.ids[0, len(PROMPT):], tokenizer, CONFIG)
-    assert "".join(screen.shown()[0]) == sample.printable(answer).replace("\n", "")
+    answer = answer_text(result.ids[0, len(PROMPT):], tokenizer, MASK_ID, EOS_ID)
+    assert "".join(screen.shown()[0]) == printable(answer).replace("\n", "")
     assert screen.marked(FRESH) and MASK not in screen.marked(FRESH)
 
 
@@ -209,7 +211,7 @@ def test_plain_lines_without_escape_codes(tokenizer):
     """In a file or a pipe every step is one line: forwards and the text, line breaks shown, nothing
     that moves a cursor."""
     stream = io.StringIO()
-    view = LiveView(tokenizer, CONFIG, len(PROMPT), stream)
+    view = LiveView(tokenizer, MASK_ID, EOS_ID, len(PROMPT), stream)
     view(step_of([MASK_ID] * 4, forwards=1))
     view(step_of(tokenizer.encode("a\n\x1b") + [MASK_ID], [1], forwards=2))
     view(step_of(tokenizer.encode("é\n") + [EOS_ID], forwards=3))
@@ -238,7 +240,7 @@ def test_the_command_line_draws_on_a_terminal(text_ckpt, monkeypatch):
     lines, status = Screen(60).feed(stream.getvalue()).shown()
     monkeypatch.setattr("sys.stdout", quiet := io.StringIO())
     assert sample.main([*argv, "--quiet"]) == 0
-    assert "".join(lines) == sample.printable(quiet.getvalue()).replace("\n", "")
+    assert "".join(lines) == printable(quiet.getvalue()).replace("\n", "")
     assert "positions" in status
 
 
@@ -247,4 +249,33 @@ def test_the_command_line_draws_on_a_terminal(text_ckpt, monkeypatch):
     ("界 é \u00a0", "界 é \u00a0"), ("", "")])
 def test_printable(text, expected):
     """Only what moves a cursor is replaced; newlines are the frame's own business."""
-    assert sample.printable(text) == expected
+    assert printable(text) == expected
+
+
+# ------------------------------------------------------------------ answers and figures
+def test_figures_count_generated_tokens_only():
+    """tokens/s of generated tokens: neither EOS nor what is still masked."""
+    answer = torch.tensor([[1, 2, MASK_ID, EOS_ID, EOS_ID], [3, EOS_ID, 4, MASK_ID, 5]])
+    assert count_tokens(answer, MASK_ID, EOS_ID) == 5
+    assert figures(answer, MASK_ID, EOS_ID, 4, 2.0) == \
+        "5 tokens  4 forwards  1.25 tokens/forward  2.5 tokens/s"
+
+
+def test_resting_between_frames_is_not_the_models_time(tokenizer):
+    """With a delay the frames rest on a terminal, and tokens/s are as without."""
+    def shown(delay: float) -> str:
+        stream = FakeTerminal()
+        view = LiveView(tokenizer, MASK_ID, EOS_ID, len(PROMPT), stream, delay)
+        view(step_of(tokenizer.encode("abcd")))
+        view(step_of(tokenizer.encode("abcd"))._replace(seconds=1.0 + delay))
+        return stream.getvalue()
+
+    assert shown(0.25).count("4.0 tokens/s") == shown(0.0).count("4.0 tokens/s") == 2
+
+
+def test_the_answers_text_ends_before_eos(tokenizer):
+    """Masks and special tokens are no part of it; without an EOS it is all there is."""
+    ids = torch.tensor([MASK_ID, *tokenizer.encode("hi\u00e9"), EOS_ID, *tokenizer.encode("junk")])
+    assert answer_text(ids, tokenizer, MASK_ID, EOS_ID) == "hi\u00e9"
+    assert answer_text(ids[:4], tokenizer, MASK_ID, EOS_ID) == "hi\ufffd"
+    assert answer_text(ids[-5:-4], tokenizer, MASK_ID, EOS_ID) == ""

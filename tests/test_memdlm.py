@@ -1,36 +1,33 @@
 """MemDLM line by line: masks, the inner steps against slow ones, what gets a gradient, prompts,
-the commands with their resume, haystacks, and the bench."""
+the commands with their resume, and the bench."""
 from __future__ import annotations
 
 import functools
 import json
 import random
-import re
 from pathlib import Path
 from typing import Callable
 
 import pytest
 import torch
-from conftest import DATA, EOS_ID, MASK_ID
+from conftest import (DATA, EOS_ID, MASK_ID, awake, metrics_of, prompts_of, seeded,
+                      small_checkpoint)
 from safetensors.torch import load_file
-from test_metastate import awake
 from torch.func import functional_call
 
 import bench
-import memdlm
 import sample
-import tiny
-import train
-from memdlm import (PARTS, FastLoRA, LoRA, Settings, adapt, adapt_prompt, adapted, anchor_and_pre,
-                    draw_masks, outer_loss)
-from model import CHECKPOINTS, Backbone, Config, InputError, load
-from sample import generate, left_pad
+from lib.cli import InputError
+from lib.data import left_pad
+from lib.run import Run
+from model import Backbone, Config, load
+from sample import generate
+from studies import fast_weights, memdlm
+from studies.fast_weights import (PARTS, FastLoRA, LoRA, Settings, adapt, adapt_prompt, adapted,
+                                  anchor_and_pre, draw_masks, generate_adapted, outer_loss)
+from tasks import TASKS
 
 LENGTHS = ((5, 9), (3, 12), (6, 4))  # prompt and answer of each row
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def examples(seed: int = 0, extra: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -350,20 +347,15 @@ def test_padding_changes_nothing_in_training(backbone):
 
 
 # ------------------------------------------------------------------ prompts
-def rows_of(*lengths: int) -> list[list[int]]:
-    ids = torch.randint(0, 500, (sum(lengths),), generator=seeded(5)).tolist()
-    return [[ids.pop() for _ in range(n)] for n in lengths]
-
-
 def spied(monkeypatch) -> list:
     """The arguments of every `adapt`."""
-    calls, real = [], memdlm.adapt
+    calls, real = [], fast_weights.adapt
 
     def spy(*args, **options):
         calls.append((args, options))
         return real(*args, **options)
 
-    monkeypatch.setattr(memdlm, "adapt", spy)
+    monkeypatch.setattr(fast_weights, "adapt", spy)
     return calls
 
 
@@ -371,7 +363,7 @@ def test_a_prompt_is_masked_at_three_and_two_tenths(backbone, monkeypatch):
     """Nested masks on 0.3, then 0.2 of each prompt's own tokens, all alike, never padding, nor a
     first token that no hidden state says (Dream)."""
     calls, fast = spied(monkeypatch), FastLoRA(backbone)
-    ids, pad = left_pad(rows_of(100, 40, 20, 1), EOS_ID, "cpu")
+    ids, pad = left_pad(prompts_of([100, 40, 20, 1]), EOS_ID)
     adapt_prompt(backbone, fast, ids, pad, seed=2)
     fast.detach()
     [((_, _, _, masks, maskable, pads), options)] = calls
@@ -391,8 +383,8 @@ def test_a_prompt_is_masked_at_three_and_two_tenths(backbone, monkeypatch):
 def test_a_prompt_is_adapted_alone(backbone):
     """A row's fast weights do not depend on the batch, its padding, or what was there before; they
     do on the seed."""
-    rows, fast = rows_of(23, 9, 14), moved(FastLoRA(backbone))
-    adapt_prompt(backbone, fast, *left_pad(rows, EOS_ID, "cpu"), seed=2)
+    rows, fast = prompts_of([23, 9, 14]), moved(FastLoRA(backbone))
+    adapt_prompt(backbone, fast, *left_pad(rows, EOS_ID), seed=2)
     together = copies(fast.weights)
     for i, row in enumerate(rows):
         adapt_prompt(backbone, fast, torch.tensor([row]), None, seed=2)
@@ -410,8 +402,8 @@ def test_generation_with_fast_weights(backbone, options, remember):
     memory = awake(backbone) if remember else None
     options = dict(gen_length=8, block_length=8, steps=4, memory=memory, order="low_confidence",
                    **options)
-    rows, settings = rows_of(17, 6), Settings(lr=3.0, clip=3.0)
-    ids, pad = left_pad(rows, EOS_ID, "cpu")
+    rows, settings = prompts_of([17, 6]), Settings(lr=3.0, clip=3.0)
+    ids, pad = left_pad(rows, EOS_ID)
     plain = generate(backbone, ids, pad_mask=pad, **options).ids
     with adapted(backbone, settings, ids, pad):
         batch = generate(backbone, ids, pad_mask=pad, **options).ids
@@ -433,29 +425,21 @@ def test_fast_weights_go_when_something_fails(backbone):
 
 # ------------------------------------------------------------------ the commands
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory) -> Path:
-    """A very small checkpoint in tiny's format, with fresh weights and room for haystacks."""
-    folder, tokenizer = tmp_path_factory.mktemp("ckpt"), tiny.build_tokenizer()
-    sizes = dict(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, mlp_hidden_size=64, **tiny.LONGER)
-    config = Config.from_dict(tiny.build_config(tokenizer, **sizes))
-    tiny.write_folder(Backbone(config).initialise(seeded(0)), tokenizer, folder, **sizes)
-    return folder
+def small(tmp_path_factory) -> Path:
+    """A very small checkpoint in tiny's format, with a layer under the fast weights."""
+    return small_checkpoint(tmp_path_factory.mktemp("small") / "ckpt", n_layers=2)
 
 
 @pytest.fixture
-def run(ckpt, tmp_path, capsys) -> Callable:
-    """run(*flags, out=...) -> (exit code, stdout, stderr) of a few steps of memdlm.py."""
+def run(small, tmp_path, capsys) -> Callable:
+    """run(*flags, out=...) -> (exit code, stdout, stderr) of a few steps of training."""
     def call(*flags, out=tmp_path / "out") -> tuple[int, str, str]:
-        code = memdlm.main(["train", "--ckpt", str(ckpt), "--out", str(out), "--device", "cpu",
-                            "--steps", "3", "--batch-size", "2", "--micros", "2", "--length", "32",
+        code = memdlm.main(["train", "--ckpt", str(small), "--out", str(out), "--device", "cpu",
+                            "--steps", "3", "--batch-size", "2", "--micros", "2",
                             "--save-every", "1", "--rank", "4", "--slow-rank", "4",
                             *map(str, flags)])
         return code, *capsys.readouterr()
     return call
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 VARIANTS = [(), ("--plain",), ("--tune", "full"), ("--tune", "full", "--plain"),
@@ -467,16 +451,16 @@ def test_every_variant_resumes(run, tmp_path, monkeypatch, flags):
     """Stopped after its second checkpoint and started again, a run ends with the bytes of one left
     alone; the folder loads, has moved, and keeps the settings."""
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    saves, save = [], train._save
+    saves, save = [], Run.save
 
-    def stop(*args):
-        save(*args)
-        saves.append(1)
+    def stop(self, step):
+        save(self, step)
+        saves.append(step)
         if len(saves) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_save", stop)
+        patch.setattr(Run, "save", stop)
         assert run(*flags)[0] == 130
     assert run(*flags)[0] == 0
     for name in ("model.safetensors", "training.safetensors", "metrics.jsonl", "fast_weights.json"):
@@ -487,7 +471,7 @@ def test_every_variant_resumes(run, tmp_path, monkeypatch, flags):
     assert (settings.only, settings.clip) == (("anchor", 0) if "--only" in flags else (None, 1))
 
 
-def test_training_from_end_to_end(run, ckpt, tmp_path):
+def test_training_from_end_to_end(run, small, tmp_path):
     """All linear layers of a slow LoRA move and are merged, the rest stays; full tuning moves
     everything; both losses are in the metrics; the same seed gives the same checkpoint."""
     code, out, err = run()
@@ -495,20 +479,20 @@ def test_training_from_end_to_end(run, ckpt, tmp_path):
     run("--tune", "full", out=tmp_path / "full")
     run("--plain", out=tmp_path / "plain")
     start, lora, full, plain = (load_file(folder / "model.safetensors") for folder in (
-        ckpt, tmp_path / "out", tmp_path / "full", tmp_path / "plain"))
+        small, tmp_path / "out", tmp_path / "full", tmp_path / "plain"))
     for name, before in start.items():
         inside = "blocks" in name and "norm" not in name and "bias" not in name
         assert torch.equal(lora[name], before) == (not inside), name
         assert not torch.equal(full[name], before), name
     assert any(not torch.equal(lora[name], plain[name]) for name in lora)
-    lines = metrics(tmp_path / "out")
+    lines = metrics_of(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert {"loss", "inner_1", "inner_2", "grad_norm"} <= lines[0].keys()
     assert {"held_out", "held_out_adapted"} <= lines[-1].keys()
-    assert "inner_1" not in metrics(tmp_path / "plain")[0]
+    assert "inner_1" not in metrics_of(tmp_path / "plain")[0]
 
 
-def test_only_the_fast_weights_differ_from_plain(run, ckpt, monkeypatch, tmp_path):
+def test_only_the_fast_weights_differ_from_plain(run, monkeypatch, tmp_path):
     """Plain training sees the same batches and masks, and the held-out loss is that of the
     ordinary loss without fast weights, on held-out examples."""
     seen: dict[str, list] = {"fast": [], "plain": []}
@@ -523,16 +507,16 @@ def test_only_the_fast_weights_differ_from_plain(run, ckpt, monkeypatch, tmp_pat
     monkeypatch.setattr(memdlm, "outer_loss", spy)
     for kind, flags in (("fast", ()), ("plain", ("--plain",))):
         run(*flags, out=tmp_path / kind)
-    assert len(seen["fast"]) == len(seen["plain"]) == 6 + 2 * 10
+    assert len(seen["fast"]) == len(seen["plain"]) == 6 + 2 * 8
     for (a, m, _), (b, n, _) in zip(seen["fast"], seen["plain"]):
         assert torch.equal(a, b) and torch.equal(m, n)
-    assert [off for *_, off in seen["fast"]] == [False] * 6 + [True] * 10 + [False] * 10
-    assert [off for *_, off in seen["plain"]] == [True] * 6 + [True] * 10 + [False] * 10
-    first, second = metrics(tmp_path / "fast")[-1], metrics(tmp_path / "plain")[-1]
+    assert [off for *_, off in seen["fast"]] == [False] * 6 + [True] * 8 + [False] * 8
+    assert [off for *_, off in seen["plain"]] == [True] * 6 + [True] * 8 + [False] * 8
+    first, second = metrics_of(tmp_path / "fast")[-1], metrics_of(tmp_path / "plain")[-1]
     assert first["held_out"] != second["held_out"] != second["held_out_adapted"]
 
 
-def test_data_from_a_file(run, ckpt, tmp_path, monkeypatch):
+def test_data_from_a_file(run, tmp_path):
     """The same JSONL as train.py, in the model's chat format, padded."""
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}", "response": f"{i} " * (1 + i % 4)}) + "\n"
@@ -543,9 +527,9 @@ def test_data_from_a_file(run, ckpt, tmp_path, monkeypatch):
     assert code == 2 and f"{path}:1" in err and err.count("\n") == 1
 
 
-def test_the_sampler_adapts_to_the_prompt(run, ckpt, tmp_path, monkeypatch, capsys):
-    """sample.py --fast-weights: the checkpoint's settings, another folder's or the published ones,
-    for one prompt or a file of them, with a memory too."""
+def test_the_sampler_adapts_to_the_prompt(run, small, tmp_path, monkeypatch, capsys):
+    """`sample` takes the checkpoint's settings, another folder's or the published ones, for one
+    prompt or a file of them, with a memory too; sample.py adapts nothing."""
     run("--K", 3)
     calls = spied(monkeypatch)
     memory = tmp_path / "m.safetensors"
@@ -553,28 +537,47 @@ def test_the_sampler_adapts_to_the_prompt(run, ckpt, tmp_path, monkeypatch, caps
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one prompt\nthe other, longer prompt\n")
     common = ["--ckpt", str(tmp_path / "out"), "--device", "cpu", "--gen-length", "8"]
+    one = ["--prompt", "some text to read"]
     for flags, K, rows in (
-            (["--fast-weights"], 3, 1), (["--fast-weights", str(ckpt)], 2, 1),
-            (["--fast-weights", "--memory", str(memory)], 3, 1),
-            (["--fast-weights", "--task", "track2-64", "--gen-length", "24"], 3, 1),
-            (["--prompts", str(prompts), "--batch-size", "2", "--fast-weights"], 3, 2), ([], 0, 0)):
+            (one, 3, 1), ([*one, "--fast-weights", str(small)], 2, 1),
+            ([*one, "--memory", str(memory)], 3, 1),
+            (["--task", "track2-64", "--gen-length", "24"], 3, 1),
+            (["--prompts", str(prompts), "--batch-size", "2"], 3, 2)):
         calls.clear()
-        what = [] if {"--prompts", "--task"} & {*flags} else ["--prompt", "some text to read"]
-        assert sample.main([*common, *what, *flags]) == 0
+        assert memdlm.main(["sample", *common, *flags]) == 0
         assert capsys.readouterr().err == ""
-        assert len(calls) == (1 if K else 0)
-        for (_, fast, ids, masks, *_), _ in calls:
-            assert (fast.settings.K, len(masks), len(ids)) == (K, K, rows)
+        [((_, fast, ids, masks, *_), _)] = calls
+        assert (fast.settings.K, len(masks), len(ids)) == (K, K, rows)
+    calls.clear()
+    assert sample.main([*common, *one]) == 0 and not calls
+
+
+def test_what_the_sampler_adapts_is_what_it_writes(small, monkeypatch, capsys):
+    """The seed goes to the fast weights too; compiled code, which would not see them, is
+    refused."""
+    seeds, real = [], fast_weights.adapted
+
+    def spy(backbone, settings, prompt, pad_mask, seed):
+        seeds.append(seed)
+        return real(backbone, settings, prompt, pad_mask, seed)
+
+    monkeypatch.setattr(fast_weights, "adapted", spy)
+    argv = ["sample", "--ckpt", str(small), "--device", "cpu", "--quiet", "--seed", "4"]
+    assert memdlm.main(argv) == 0 and seeds == [4]
+    capsys.readouterr()
+    assert memdlm.main([*argv, "--compile"]) == 2
+    err = capsys.readouterr().err
+    assert "--compile" in err and err.count("\n") == 1 and seeds == [4]
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--K", 0), ["K", "0"]), (("--rank", 0), ["rank"]), (("--share", 1.5), ["share"]),
     (("--inner-lr", -1), ["lr"]), (("--clip", -1), ["clip"]), (("--clip", "nan"), ["clip"]),
     (("--only", "both"), ["--only"]), (("--steps", 0), ["--steps"]), (("--lr", "nan"), ["--lr"]),
-    (("--length", 20), ["32", "20"]), (("--ckpt", "no/such/folder"), ["no/such"]),
+    (("--ckpt", "no/such/folder"), ["no/such"]),
     (("--ckpt", DATA / "llada"), ["tokenizer"]), (("--alpha", "inf"), ["alpha"]),
     (("--slow-rank", 0), ["--slow-rank"]), (("--tune", "some"), ["--tune"]),
-    (("--length", 4000), ["2048"])], ids=lambda x: " ".join(map(str, x)))
+    (("--micros", 0), ["--micros"])], ids=lambda x: " ".join(map(str, x)))
 def test_arguments_that_make_no_sense(run, tmp_path, flags, words):
     """One line that names the argument, exit code 2, and no run begun."""
     code, _, err = run(*flags)
@@ -583,10 +586,10 @@ def test_arguments_that_make_no_sense(run, tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_that_would_spoil_something(run, ckpt):
+def test_runs_that_would_spoil_something(run, small):
     """The checkpoint to start from is not written over, nor the folder of a run with other
     flags."""
-    code, _, err = run(out=ckpt)
+    code, _, err = run(out=small)
     assert code == 2 and "another folder" in err
     assert run()[0] == 0
     code, _, err = run("--K", 3)
@@ -606,93 +609,19 @@ def test_settings_that_make_no_sense(tmp_path, text, word):
         assert str(path) in str(caught.value)
 
 
-# ------------------------------------------------------------------ haystacks
-def solve_haystack(prompt: str) -> str:
-    hay, query = prompt.splitlines()
-    value = dict(re.findall(r"([a-h])=([a-h0-9])", hay))
-    asked, answer = re.findall(r"([a-h])=\?", query), []
-    for name in asked:
-        while name.isalpha():
-            answer.append(f"{name}={value[name]}")
-            name = value[name]
-    return " ".join(answer)
-
-
-@pytest.mark.parametrize("name", list(tiny.HAYSTACK))
-def test_haystacks(name):
-    """A tokenizer's length as named, eight assignments, one right answer of the size asked for,
-    judged by the rules; training and held-out prompts are disjoint."""
-    task, tokenizer = tiny.HAYSTACK[name], tiny.build_tokenizer()
-    kind, length = name.split("-")
-    rng, positions = random.Random(0), set()
-    for _ in range(30):
-        prompt, answer = task.make(rng)
-        hay, query = prompt.splitlines()
-        assert len(tokenizer.encode(hay)) == len(hay) == int(length) and len(query) == 15
-        assert len(tokenizer.encode(prompt)) == int(length) + 17
-        assert len(re.findall("[a-h]=[a-h0-9]", hay)) == 8
-        assert not re.search(r"([a-h])=\1", hay)
-        assert answer == solve_haystack(prompt) and len(answer.split()) == int(kind[-1])
-        assert len(query.split()) == (1 if kind.startswith("track") else int(kind[-1]))
-        assert task.check(prompt, f" {answer}\n") and len(answer) < tiny.GEN_LENGTH
-        for wrong in ("", answer[:-1], answer + " a=1", answer[:-1] + "?", answer[::-1],
-                      answer[:-1] + str((int(answer[-1]) + 1) % 10)):
-            assert not task.check(prompt, wrong)
-        positions.add(hay.index(answer[:3]))
-    assert len(positions) > 5
-    sides = [{tiny.draw(task, random.Random(s), side)[0] for s in range(9)} for side in (0, 1)]
-    assert not sides[0] & sides[1]
-
-
-def test_haystacks_are_a_list_of_their_own():
-    """The tiny model's tasks stay its four; lengths go to four times the training length."""
-    assert not tiny.HAYSTACK.keys() & tiny.TASKS.keys() and len(tiny.TASKS) == 4
-    assert max(tiny.LENGTHS) >= 4 * 64 and max(tiny.SHORT) < 64
-
-
-def test_pretraining_on_haystacks(tmp_path, monkeypatch):
-    """Two updates of checkpoints/tiny write a checkpoint with room for the longest haystack."""
-    drawn = tiny.batch
-    monkeypatch.setattr(tiny, "batch", lambda task, tokenizer, rng, size, *rest:
-                        drawn(task, tokenizer, rng, min(size, 4), *rest))  # the held-out 256
-    assert tiny.main(["pretrain", "--task", "haystack", "--out", str(tmp_path), "--steps", "2",
-                      "--batch-size", "4", "--device", "cpu"]) == 0
-    backbone, _ = load(tmp_path, "cpu")
-    assert backbone.config.max_len > 4 * 64 + 17 + 24
-    start, _ = load("tiny", "cpu")
-    moved = [(a - b).abs().max() for a, b in zip(backbone.parameters(), start.parameters())]
-    assert 0 < max(moved) < 1e-4  # two updates of warm-up, 3e-6 and 6e-6
-    lines = metrics(tmp_path / "pretraining")
-    assert {*tiny.KINDS, "text"} <= lines[0].keys()
-    assert {f"held_out_{kind}" for kind in tiny.KINDS} <= lines[-1].keys()
-
-
-def test_the_haystack_model_finds_needles():
-    """checkpoints/haystack is under 4 MB, solves what it was trained on, and leaves something to
-    learn at twice the training length."""
-    backbone, tokenizer = load("haystack", "cpu")
-    assert sum(f.stat().st_size for f in CHECKPOINTS["haystack"].iterdir() if f.is_file()) < 4e6
-    right = {}
-    for length in (48, 128):
-        task, rng = tiny.Haystack(length, *tiny.KINDS["needle4"]), random.Random(0)
-        prompts = [tiny.draw(task, rng, held_out=True)[0] for _ in range(20)]
-        right[length] = sum(bench.solve(backbone, tokenizer, task, prompts, 20, None, steps=24)[0])
-    assert right[48] >= 19 and right[128] < 10
-
-
 # ------------------------------------------------------------------ the bench
 def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
     """Each group off and on, with intervals by training seed; held-out curves and costs; the last
     line is JSON."""
-    monkeypatch.setattr(bench, "Accuracies", functools.partial(bench.Accuracies, draws=50))
+    monkeypatch.setattr(memdlm, "Accuracies", functools.partial(memdlm.Accuracies, draws=50))
     for kind, flags in (("plain", ("--plain",)), ("fast", ())):
         for s in (0, 1):
             run(*flags, "--seed", s, "--steps", 1, out=tmp_path / f"{kind}{s}")
     folders = {kind: [str(tmp_path / f"{kind}{s}") for s in (0, 1)] for kind in ("plain", "fast")}
-    argv = ["memdlm", "--standard", *folders["plain"], "--memdlm", *folders["fast"], "--also",
+    argv = ["bench", "--standard", *folders["plain"], "--memdlm", *folders["fast"], "--also",
             f"one={folders['fast'][0]}", "--kinds", "needle1,track2", "--lengths", "32,64",
             "--prompts", "3", "--steps", "2", "--repeat", "1", "--device", "cpu", "--json"]
-    assert bench.main(argv) == 0
+    assert memdlm.main(argv) == 0
     out = capsys.readouterr().out.splitlines()
     result = json.loads(out[-1])
     variants = [f"{group}, {how}" for group in ("standard", "MemDLM", "one")
@@ -704,20 +633,21 @@ def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
     assert [lead["variant"] for lead in result["leads"][::3]] == variants[1:]
     for curve in result["held_out"]:
         folder = {"standard": "plain0", "MemDLM": "fast0", "one": "fast0"}[curve["group"]]
-        assert curve["seeds"][0] == metrics(tmp_path / folder)[-1][curve["loss"]]
+        assert curve["seeds"][0] == metrics_of(tmp_path / folder)[-1][curve["loss"]]
     assert len(result["costs"]) == 3 and all(row["relative"] > 0 for row in result["costs"])
     for bad, word in ((["--kinds", "chess"], "chess"), (["--lengths", "8"], "32"),
                       (["--also", "name"], "NAME="), (["--also", "MemDLM=x"], "names")):
-        assert bench.main([*argv, *bad]) == 2
+        assert memdlm.main([*argv, *bad]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and word in err
 
 
-def test_the_bench_adapts_each_prompt_by_itself(ckpt, monkeypatch):
+def test_the_bench_adapts_each_prompt_by_itself(small, monkeypatch):
     """Fast weights for every prompt, on a batch that is decoded together."""
-    backbone, tokenizer = load(ckpt, "cpu")
-    task, calls = tiny.HAYSTACK["needle2-64"], spied(monkeypatch)
+    backbone, tokenizer = load(small, "cpu")
+    task, calls = TASKS["needle2-64"], spied(monkeypatch)
     prompts = [task.make(random.Random(i))[0] for i in range(5)]
-    bench.solve(backbone, tokenizer, task, prompts, 3, Settings(), steps=2)
+    bench.solve(backbone, tokenizer, task, prompts, 24, 3,
+                functools.partial(generate_adapted, settings=Settings()), steps=2)
     assert [len(args[2]) for args, _ in calls] == [2, 3]
     assert [len(args[1].weights["1.gate.A"]) for args, _ in calls] == [2, 3]

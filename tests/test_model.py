@@ -1,6 +1,7 @@
 """The backbone, its config and its weights, held against the published code's own output."""
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ABSENT, DATA, ROOT, checkpoint, shard
+from conftest import ABSENT, DATA, ROOT, checkpoint, noise, seeded, shard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model
-from model import (DREAM_7B, LLADA_8B, Backbone, Cache, Config, InputError, load, rope_tables,
-                   rotate, save, shapes_of)
+from lib.cli import InputError
+from model import (DREAM_7B, LLADA_8B, Backbone, Config, config_of, layout, load, rope, rotate,
+                   save, unfilled)
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -24,18 +26,12 @@ def ids_of(backbone: Backbone, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, backbone.config.vocab, shape, generator=seeded(seed))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    """A generator of its own."""
-    return torch.Generator().manual_seed(seed)
-
-
-def published(config: Config) -> dict[str, tuple[int, ...]]:
+def tensors_of(config: Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this config has to hold."""
-    with torch.device("meta"):
-        state = Backbone(config).state_dict()
-    shapes, plan = {}, model.layout(config)
-    assert plan.keys() == state.keys()
-    for ours, parts in plan.items():
+    backbone, shapes = unfilled(config), {}
+    state, parts_of = backbone.state_dict(), layout(backbone)
+    assert parts_of.keys() == state.keys()
+    for ours, parts in parts_of.items():
         stacked = (sum(s[0] for s in parts.values()), *next(iter(parts.values()))[1:])
         assert stacked == tuple(state[ours].shape), ours
         shapes |= parts
@@ -98,8 +94,8 @@ def test_bfloat16_rounds_where_the_published_models_round(oracle, family):
 def test_rotation_depends_on_the_distance_only():
     """RoPE: q at m and k at n meet as they do at m + s and n + s, and position 0 is untouched."""
     config = replace(LLADA_8B, dim=32, heads=1, kv_heads=1)
-    cos, sin = rope_tables(config, 300, "cpu")
-    q, k = torch.randn(2, 1, 300, 1, 32, generator=seeded())
+    cos, sin = rope(config, torch.arange(300), torch.float32)
+    q, k = noise(2, 1, 300, 1, 32)
     same_q, same_k = (x[:, :1].expand(1, 300, 1, 32) for x in (q, k))
     scores = torch.einsum("bmhd,bnhd->mn", rotate(same_q, cos, sin), rotate(same_k, cos, sin))
     for distance in (0, 1, 17, -250):
@@ -110,19 +106,27 @@ def test_rotation_depends_on_the_distance_only():
     torch.testing.assert_close(rotate(q, cos, sin).norm(dim=-1), q.norm(dim=-1))
 
 
+def test_rotation_angles_are_given_in_the_familys_dtype(backbone):
+    """LLaDA rotates in float32 whatever its weights are in, Dream in theirs; the angles themselves
+    are computed in float32, in which positions above 256 differ."""
+    exact, rounded = (rope(backbone.config, torch.arange(500), dtype)[0]
+                      for dtype in (torch.float32, torch.bfloat16))
+    assert exact.dtype == torch.float32 and exact.shape == (500, backbone.config.head_dim // 2)
+    assert len(exact[:, 0].unique()) == 500
+    if backbone.config.rope_float32:
+        assert torch.equal(rounded, exact)
+    else:
+        assert torch.equal(rounded, exact.bfloat16())
+
+
 @torch.no_grad()
-def test_rope_tables_grow_and_follow_the_dtype():
-    """The kept tables neither go stale when a longer sequence or another dtype comes, nor change
-    what a shorter one gets."""
-    backbone, _ = load(DATA / "dream", "cpu")
-    ids = ids_of(backbone, 1, 200)
-    short = backbone(ids[:, :5])
-    long = backbone(ids)
-    torch.testing.assert_close(backbone(ids[:, :5]), short, atol=0, rtol=0)
-    fresh, _ = load(DATA / "dream", "cpu")
-    torch.testing.assert_close(fresh(ids), long, atol=0, rtol=0)
-    halved, _ = load(DATA / "dream", "cpu", "bfloat16")
-    torch.testing.assert_close(backbone.bfloat16()(ids), halved(ids), atol=0, rtol=0)
+def test_positions_may_begin_anywhere(backbone):
+    """`start` moves every position alike, as a number or as a tensor, and RoPE sees differences
+    only: the hidden states stay."""
+    e = backbone.embed(ids_of(backbone, 2, 9))
+    for start in (30, torch.tensor(30)):
+        torch.testing.assert_close(backbone.hidden(e, start=start), backbone.hidden(e),
+                                   atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -151,24 +155,6 @@ def test_attention_is_bidirectional(backbone):
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % backbone.config.vocab
     assert (backbone(changed)[0, 0] - backbone(ids)[0, 0]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_hidden_states_of_some_positions(backbone):
-    """They are those of all positions, padded or cached, also when a row asks for one twice; the
-    cache is filled as if all had been asked for."""
-    ids, where = torch.randint(400, (2, 14)), torch.tensor([[0, 13, 5], [7, 7, 2]])
-    e, pad_mask = backbone.embed(ids), (torch.arange(14) < torch.tensor([[0], [3]]))
-    for pads in (None, pad_mask):
-        caches = [Cache(backbone, 2, 20) for _ in range(2)]
-        wide = None if pads is None else F.pad(pads, (0, 6))
-        for kept, seen in (((None, None), pads), (caches, wide)):
-            whole = backbone.hidden(e, seen, kept[0], 4 if kept[0] else 0)
-            some = backbone.hidden(e, seen, kept[1], 4 if kept[1] else 0, where)
-            expected = torch.stack([h[rows] for h, rows in zip(whole, where)])
-            torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
-        assert caches[0].k.abs().max() > 0
 
 
 @torch.no_grad()
@@ -235,7 +221,7 @@ def test_fused_layers_equal_the_unfused_arithmetic(tmp_path, family, layer, with
     backbone, _ = load(folder, "cpu")
     raw = load_file(folder / "model.safetensors")
     prefix = "model.transformer.blocks" if family == "llada" else "model.layers"
-    x = torch.randn(2, 7, backbone.config.dim, generator=seeded())
+    x = noise(2, 7, backbone.config.dim)
     for i, block in enumerate(backbone.blocks):
         names = [f"{prefix}.{i}.{name}" for name in UNFUSED[family][layer]]
         assert all((f"{n}.bias" in raw) == (with_bias and layer == "qkv") for n in names)
@@ -361,55 +347,20 @@ def test_loading_never_holds_the_weights_twice(tmp_path):
     assert 0.8 < float(done.stdout) <= 1.3
 
 
-def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt):
-    """random:FOLDER is a benchmark's model: same shapes as stored, other weights, the same ones
-    every time, finite logits."""
-    backbone, tokenizer = load(f"random:{text_ckpt}", "cpu", "float32")
+def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt, tmp_path):
+    """random:FOLDER is a benchmark's model, for which a config.json is enough: same shapes as
+    stored, other weights, the same ones every time, finite logits."""
     stored = load(text_ckpt, "cpu")[0].state_dict()
+    shutil.copy(text_ckpt / "config.json", tmp_path)
+    assert config_of(str(tmp_path)) == config_of(str(text_ckpt))
+    backbone, tokenizer = load(f"random:{tmp_path}", "cpu", "float32")
     assert tokenizer is None
     assert {n: p.shape for n, p in backbone.state_dict().items()} == \
         {n: p.shape for n, p in stored.items()}
     assert not torch.equal(backbone.head.weight, stored["head.weight"])
-    again, _ = load(f"random:{text_ckpt}", "cpu", "float32")
+    again, _ = load(f"random:{tmp_path}", "cpu", "float32")
     assert torch.equal(again.head.weight, backbone.head.weight)
     assert backbone(ids_of(backbone, 1, 5)).isfinite().all()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_few_rows_on_a_cpu_are_the_same_product(bias):
-    """The product the other way round: torch's own to rounding, laid out alike, for one row and for
-    as many as take this way; with a graph, or with more rows, torch's own bit for bit."""
-    layer = model.Linear(1024, 300, bias=bias)
-    for shape in ((1, 1024), (2, 32, 1024), (3, 0, 1024), (65, 1024)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
-        assert y.shape == expected.shape and y.is_contiguous()
-        assert torch.allclose(y, expected, atol=1e-5)
-        assert shape != (65, 1024) or torch.equal(y, expected)
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-
-
-@pytest.mark.parametrize("name, sizes", [
-    ("llada-8b,dim=1024,layers=8,vocab=32000", (1024, 8, 8, 8, 3072, 32000, 31999, 31998)),
-    ("dream-7b,dim=512,layers=2", (512, 2, 4, 1, 2706, 152064, 151666, 151643)),
-    ("llada-8b,heads=64,kv_heads=8", (4096, 32, 64, 8, 12288, 126464, 126336, 126081))], ids=str)
-def test_other_sizes_of_a_published_shape(name, sizes):
-    """What is given is taken, the rest follows from it, and the network can be made."""
-    c = shapes_of(name)
-    assert (c.dim, c.layers, c.heads, c.kv_heads, c.mlp_dim, c.vocab, c.mask_id, c.eos_id) == sizes
-    with torch.device("meta"):
-        backbone = Backbone(c)
-    assert sum(p.numel() for p in backbone.parameters()) == c.parameters
-
-
-@pytest.mark.parametrize("name, word", [
-    ("llada-8b,dim", "dim=1024"), ("llada-8b,dim=x", "dim=1024"), ("llada-8b,depth=3", "depth"),
-    ("llada-8b,dim=0", "dim"), ("llada-8b,vocab=0", "vocab"), ("llada-8b,heads=3", "heads")])
-def test_sizes_that_cannot_be(name, word):
-    """One line that names what is wrong."""
-    with pytest.raises(InputError, match=word):
-        shapes_of(name)
 
 
 @pytest.mark.parametrize("nickname, config", [("llada-8b", LLADA_8B), ("llada-1.5", LLADA_8B),
@@ -473,17 +424,10 @@ def test_keys_that_configs_leave_out_or_override(tmp_path, family, changes, fiel
     assert getattr(config, field) == value
 
 
-@pytest.mark.parametrize("family, changes", [
-    ("llada", {}), ("llada", dict(weight_tying=True)), ("llada", dict(include_qkv_bias=True)),
-    ("llada", dict(n_kv_heads=None, multi_query_attention=True)),
-    ("llada", dict(embedding_size=640, mlp_hidden_size=None)),
-    ("dream", {}), ("dream", dict(tie_word_embeddings=True)), ("dream", dict(num_hidden_layers=1)),
-], ids=str)
-def test_parameters_is_the_number_of_weights(tmp_path, family, changes):
-    """The count that TFLOP/s and GB/s are computed from is the count of what there is."""
-    config = Config.from_json(checkpoint(tmp_path, family, **changes))
-    with torch.device("meta"):
-        assert config.parameters == sum(p.numel() for p in Backbone(config).parameters())
+def test_parameters_is_the_number_of_weights(backbone, family):
+    """The count that TFLOP/s and GB/s are computed from is the count of what is stored."""
+    stored = load_file(DATA / family / "model.safetensors")
+    assert backbone.config.parameters == sum(tensor.numel() for tensor in stored.values())
 
 
 @torch.no_grad()
@@ -522,7 +466,7 @@ def test_llada_8b_has_the_published_tensors():
     expected |= {f"blocks.{i}.{name}": s for i in range(32) for name, s in block.items()}
     expected = {f"model.transformer.{name}.weight": shape for name, shape in expected.items()}
     assert len(expected) == 291
-    assert published(LLADA_8B) == expected
+    assert tensors_of(LLADA_8B) == expected
     assert 2 * LLADA_8B.parameters == 16_031_162_368
     assert (LLADA_8B.max_len, LLADA_8B.rope_theta, LLADA_8B.norm_eps) == (4096, 500000.0, 1e-5)
     assert (LLADA_8B.mask_id, LLADA_8B.eos_id, LLADA_8B.pad_id) == (126336, 126081, 126081)
@@ -541,6 +485,6 @@ def test_dream_7b_has_the_published_tensors():
                 "model.norm.weight": (3584,)}
     expected |= {f"model.layers.{i}.{name}": s for i in range(28) for name, s in block.items()}
     assert len(expected) == 339
-    assert published(DREAM_7B) == expected
+    assert tensors_of(DREAM_7B) == expected
     assert (DREAM_7B.head_dim, DREAM_7B.rope_theta, DREAM_7B.norm_eps) == (128, 1e6, 1e-6)
     assert (DREAM_7B.mask_id, DREAM_7B.eos_id, DREAM_7B.pad_id) == (151666, 151643, 151643)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -11,23 +13,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, EOS_ID, FAMILIES, MASK_ID, boosted
+from conftest import DATA, EOS_ID, FAMILIES, MASK_ID, awake, boosted, prompts_of, seeded
 from safetensors.torch import load_file
-from test_metastate import awake
 
-import probe as tool
+from lib.cli import InputError
 from metastate import MetaState
-from model import InputError, load
-from probe import exact, metrics, outcomes, probe, probe_after, strip, trap_row, unigram_of
+from model import load
 from sample import denoise, generate
+from studies import probe as tool
+from studies.probe import (exact, metrics, outcomes, probe, probe_after, strip, trap_row,
+                           unigram_of)
+from tasks import draw
 
 CPU = ["--device", "cpu"]
 LN2 = math.log(2)
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
+def prompt(length: int) -> list[int]:
     """Random ids that are neither mask nor EOS."""
-    return torch.randint(MASK_ID, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return prompts_of([length])[0]
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -93,28 +97,28 @@ def test_probabilities_are_a_plain_softmax_of_one_forward(backbone, family):
 def test_a_model_whose_distributions_are_known(shift):
     """Every position has a distribution of its own by construction: the probe finds each at its
     place, from one forward over the prompt and the masks."""
-    p = torch.softmax(torch.randn(12, 7, generator=torch.Generator().manual_seed(0)), -1)
+    p = torch.softmax(torch.randn(12, 7, generator=seeded()), -1)
     model = Known(p.log(), shift)
     found = probe(model, [3, 4, 5, 6, 2], 7)
     torch.testing.assert_close(found, p[4:11] if shift else p[5:])
     assert [x.tolist() for x in model.seen] == [[[3, 4, 5, 6, 2] + [0] * 7]]
 
 
+@torch.no_grad()
 def test_after_k_steps(backbone):
     """Against the steps written out: the most probable tokens but the mask, at the positions drawn
     from the generator; what is left is probed, at its distance."""
     ids = torch.tensor([prompt(11) + [MASK_ID] * 10])
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
     for count in (3, 3):  # 10 positions in 4 steps: 3, 3, 2, 2
         where = (ids[0] == MASK_ID).nonzero()[:, 0]
-        logits, _ = denoise(backbone, ids, where[None])
+        logits = backbone.logits(denoise(backbone, ids, where[None])[0])
         logits[..., MASK_ID] = -torch.inf
         for i in torch.randperm(len(where), generator=g)[:count].tolist():
             ids[0, where[i]] = logits[0, i].argmax()
     where = (ids[0] == MASK_ID).nonzero()[:, 0]
-    expected = softmax(denoise(backbone, ids, where[None])[0][0])
-    distance, found = probe_after(backbone, prompt(11), 10, 2, None, 4,
-                                  torch.Generator().manual_seed(5))
+    expected = softmax(backbone.logits(denoise(backbone, ids, where[None])[0])[0])
+    distance, found = probe_after(backbone, prompt(11), 10, 2, None, 4, seeded(5))
     assert distance.tolist() == (where - 10).tolist() and len(distance) == 4
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     with boosted(backbone, MASK_ID, 50.0):  # the mask token is probable, and is no candidate
@@ -126,8 +130,7 @@ def test_memory_off_and_on(backbone):
     """An untrained memory changes nothing, bit for bit; one that writes does. Both look at the same
     positions, and the second sees the state that the steps before handed on."""
     def run(memory, after):
-        return probe_after(backbone, prompt(11), 12, after, memory, None,
-                           torch.Generator().manual_seed(1))
+        return probe_after(backbone, prompt(11), 12, after, memory, None, seeded(1))
 
     moved = awake(backbone)
     for after in (0, 5):
@@ -206,7 +209,7 @@ def test_the_strip_shows_what_was_not_measured():
 # ------------------------------------------------------------------ the command line
 @pytest.fixture
 def lines(capsys):
-    """lines(*argv) -> the JSON lines that probe.py prints."""
+    """lines(*argv) -> the JSON lines that the probe prints."""
     def run(*argv) -> list[dict]:
         assert tool.main([*map(str, argv), "--json", *CPU]) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -292,6 +295,22 @@ def test_tiny_probes_its_own_tasks(lines):
     assert lines("--n-masks", 1)[0]["prompt"].startswith("sudoku\n")
 
 
+def test_the_checkpoint_names_what_is_asked(lines, small_ckpt, text_ckpt, tmp_path, capsys):
+    """The first task that a checkpoint states is the default, and all of them are the unigram
+    distribution's; any other task may be asked too."""
+    found = lines("--ckpt", "haystack", "--n-masks", 2, "--seed", 3)
+    expected = draw("needle1-64", random.Random(3), True)[0]
+    assert found[0]["prompt"] == expected and "training tasks" in found[1]["unigram"]
+    expected = draw("track2-128", random.Random(0), True)[0]
+    assert lines("--task", "track2-128", "--n-masks", 2)[0]["prompt"] == expected
+    foreign = lines("--ckpt", text_ckpt, "--task", "sums", "--n-masks", 2)
+    assert foreign[0]["prompt"].startswith("sums") and foreign[1]["unigram"] is None
+    folder = shutil.copytree(small_ckpt, tmp_path / "ckpt")
+    (folder / "generation_config.json").write_text('{"tasks": ["chess"]}')
+    assert tool.main(["--ckpt", str(folder), *CPU]) == 2
+    assert "chess" in capsys.readouterr().err
+
+
 def test_memory_on_the_command_line(lines, tmp_path, capsys):
     """Off and on beside each other, after half of the steps by default, at the same positions; off
     is what there is without the option."""
@@ -365,8 +384,10 @@ def test_the_plot_needs_matplotlib_alone(text_ckpt, tmp_path, monkeypatch, capsy
         out, err = capsys.readouterr()
         assert "pip install matplotlib" in err and out == "" and err.count("\n") == 1
     pytest.importorskip("matplotlib")
-    assert tool.main([*argv[:-1], "/no/such/folder/x.png"]) == 2
-    assert "/no/such/folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for bad in (str(tmp_path / "file" / "x.png"), str(tmp_path / "x.abc")):
+        assert tool.main([*argv[:-1], bad]) == 2
+        assert bad in capsys.readouterr().err
     assert tool.main(argv) == 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, byte_tokenizer
-from tokenizers import processors
+from conftest import DATA, assert_refused, byte_tokenizer
+from tokenizers import Tokenizer as Core
+from tokenizers import models, processors
 
-from model import InputError, Tokenizer
+from lib.cli import InputError
+from lib.tokenizer import Tokenizer
+from model import load
 
 DREAM_FILES = DATA / "dream-tokenizer"
 EXPECTED = json.loads((DREAM_FILES / "expected.json").read_text(encoding="utf-8"))
@@ -216,3 +219,48 @@ def test_text_that_is_no_unicode_is_an_input_error():
     cannot be encoded: the tokenizers library raises a TypeError about something else."""
     with pytest.raises(InputError):
         llada().encode("a\udcff")
+
+
+# ------------------------------------------------------------------ the text of a prompt
+def test_a_prompt_becomes_a_chat_where_there_is_a_format():
+    """A user's message with a chat format; the text as it is with raw, or without a format."""
+    plain, chat = (Tokenizer(byte_tokenizer(s)) for s in ({}, {"<|im_start|>": 500}))
+    message = [{"role": "user", "content": "hi"}]
+    assert chat.prompt("hi") == chat.prompt(message, raw=True) == chat.chat(message)
+    assert chat.prompt("hi", raw=True) == chat.encode("hi")
+    assert plain.prompt("hi") == plain.encode("hi")
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n"])
+def test_a_prompt_of_nothing(prompt):
+    """There is nothing to answer."""
+    with pytest.raises(InputError, match="prompt is empty"):
+        llada().prompt(prompt)
+
+
+# ------------------------------------------------------------------ a checkpoint's tokenizer
+def test_absent_tokenizer(cli_fails):
+    """Weights alone can be loaded, but no text can be read or written."""
+    assert load(DATA / "llada", "cpu")[1] is None
+    argv = ["--ckpt", DATA / "llada", "--prompt", "hi", "--device", "cpu"]
+    assert "no tokenizer" in cli_fails(*argv)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "BPE"}}'])
+def test_broken_tokenizer(cli_fails, ckpt, content):
+    """A tokenizer.json that the library cannot read: the folder is named."""
+    (ckpt / "tokenizer.json").write_text(content)
+    assert_refused(cli_fails, ckpt, str(ckpt))
+
+
+def test_tokenizer_of_another_model(cli_fails, ckpt):
+    """Ids beyond the embedding's rows would fail much later, inside the first forward."""
+    byte_tokenizer({"<|x|>": 600}, size=600).save(str(ckpt / "tokenizer.json"))
+    assert_refused(cli_fails, ckpt, str(ckpt), "600", "512")
+
+
+def test_tokenizer_without_tokens(cli_fails, ckpt):
+    """An empty vocabulary is a broken tokenizer too."""
+    Core(models.BPE()).save(str(ckpt / "tokenizer.json"))
+    line = cli_fails("--ckpt", ckpt, "--prompt", "hi", "--gen-length", 8, "--device", "cpu")
+    assert str(ckpt) in line or "prompt is empty" in line

@@ -1,10 +1,4 @@
-"""MemDLM: memory in fast weights, trained by bi-level optimisation (arXiv 2603.22241).
-
-    python memdlm.py train --ckpt haystack --tune full             # toy scale; writes out/memdlm
-    python memdlm.py train --ckpt haystack --tune full --plain --out out/plain      # its control
-    python memdlm.py train --ckpt llada-8b --data chats.jsonl --checkpointing       # slow LoRA
-    python sample.py --ckpt out/memdlm --task track4-128 --fast-weights             # adapted
-    python sample.py --ckpt tiny --fast-weights --prompt "sums"    # adapts any checkpoint
+"""Memory in fast weights (MemDLM, arXiv 2603.22241): masks, inner steps, the outer loss.
 
 For every batch a few fast weights phi, a LoRA on the last layers' MLPs, are reset and take two
 gradient steps along a simulated denoising of that very batch; the outer loss is computed with phi
@@ -17,18 +11,12 @@ in place and trains the slow weights, and phi is thrown away:
 
 At inference the same two steps may store the prompt in phi, which then stays as it is while the
 answer is written. Each decision is marked `# paper` (or its published code) or `# ours`.
+`studies.memdlm` has the commands.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import math
-import os
-import random
-import shutil
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Iterator
 
@@ -36,9 +24,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (DTYPES, Backbone, InputError, Parser, command, find, load, read_json, save, seed,
-                   write_atomic)
-from train import choose_data, fit, knows_tasks, move, processes
+from lib.cli import InputError, require
+from lib.files import read_json
+from lib.hub import find
+from model import Backbone, rope
+from sample import Sample, generate
 
 SETTINGS = "fast_weights.json"
 
@@ -61,26 +51,26 @@ class Settings:
     def __post_init__(self):
         most = {"rank": 4096, "alpha": 1e6, "share": 1, "lr": 1e6, "clip": 1e6, "K": 64, "ratio": 1}
         for f in (f for f in fields(self) if f.name in most):
-            value = getattr(self, f.name)
-            if type(value) not in (int, type(f.default)) or not 0 <= value <= most[f.name] or \
-                    value == 0 and f.name != "clip":
-                raise InputError(f"fast weights: {f.name} is {value!r}, and has to lie above 0 and "
-                                 f"at most at {most[f.name]:g}")
-        if self.only not in (None, "pre", "anchor") or type(self.per_example) is not bool:
-            raise InputError(f"fast weights: only = {self.only!r} (pre or anchor) or per_example = "
-                             f"{self.per_example!r} (true or false)")
+            value, open_low = getattr(self, f.name), f.name != "clip"
+            fits = type(value) in (int, type(f.default)) and 0 <= value <= most[f.name]
+            require(fits and not (open_low and value == 0), f"fast weights: {f.name} is {value!r}, "
+                    f"and has to lie above 0 and at most at {most[f.name]:g}")
+        require(self.only in (None, "pre", "anchor") and type(self.per_example) is bool,
+                f"fast weights: only = {self.only!r} (pre or anchor) or per_example = "
+                f"{self.per_example!r} (true or false)")
 
     @classmethod
     def read(cls, where: str | Path) -> Settings:
         """From a folder that train wrote or its fast_weights.json; the published ones for a
         checkpoint that has none."""
         path = Path(where)
-        path = path if path.is_file() else find(where) / SETTINGS
+        if not path.is_file():
+            path = (path if path.is_dir() else find(where)) / SETTINGS
         if not path.is_file():
             return cls()
         raw = read_json(path)
-        if unknown := raw.keys() - {f.name for f in fields(cls)}:
-            raise InputError(f"{path}: {', '.join(sorted(unknown))} is no setting of fast weights")
+        unknown = sorted(raw.keys() - {f.name for f in fields(cls)})
+        require(not unknown, f"{path}: {', '.join(unknown)} is no setting of fast weights")
         try:
             return cls(**raw)
         except InputError as error:
@@ -203,10 +193,10 @@ def run(backbone: Backbone, e: torch.Tensor, layers: range,
         pad_mask: torch.Tensor | None = None) -> torch.Tensor:
     """(B, T, d) -> (B, T, d) through some of the layers: what `Backbone.hidden` does with all of
     them before the last norm."""
-    rope = backbone._rope_for(e, e.shape[1])
+    angles = rope(backbone.config, torch.arange(e.shape[1], device=e.device), e.dtype)
     keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]        # (B, 1, 1, T)
     for i in layers:
-        e = backbone.blocks[i](e, rope, keys_allowed)
+        e = backbone.blocks[i](e, angles, keys_allowed)
     return e
 
 
@@ -292,6 +282,14 @@ def adapted(backbone: Backbone, settings: Settings | None, prompt: torch.Tensor,
             fast.detach()
 
 
+def generate_adapted(backbone: Backbone, prompt: torch.Tensor, *, settings: Settings | None,
+                     pad_mask: torch.Tensor | None = None, seed: int = 0, **options) -> Sample:
+    """`sample.generate`, whose options these are, with each prompt stored in fast weights first
+    (not stored where settings is None)."""
+    with adapted(backbone, settings, prompt, pad_mask, seed):
+        return generate(backbone, prompt, pad_mask=pad_mask, **options)
+
+
 # ------------------------------------------------------------------ outer loss
 def outer_loss(backbone: Backbone, ids: torch.Tensor, answer_mask: torch.Tensor,
                fast: FastLoRA | None, generator: torch.Generator,
@@ -311,150 +309,3 @@ def outer_loss(backbone: Backbone, ids: torch.Tensor, answer_mask: torch.Tensor,
             figures.update({f"inner_{k + 1}": loss for k, loss in enumerate(losses)})
     h = backbone.hidden(backbone.embed(ids.masked_fill(anchor, backbone.config.mask_id)), pad_mask)
     return (masked_losses(backbone, h, ids, anchor) / (t + 1e-6)).sum() / answer_mask.sum()
-
-
-# ------------------------------------------------------------------ command line
-def write_folder(backbone: Backbone, source: Path, out: Path, settings: Settings) -> None:
-    """A checkpoint that `load` reads, with the config and tokenizer of `source`, and the settings
-    of its fast weights, which themselves are nothing that lasts."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
-            write_atomic(out / file.name, lambda p: shutil.copyfile(file, p))
-    text = json.dumps(asdict(settings), indent=2) + "\n"
-    write_atomic(out / SETTINGS, lambda p: p.write_text(text, encoding="utf-8"))
-    save(backbone, out / "model.safetensors")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; raises `InputError` for values that make no sense."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = parser.add_subparsers(required=True, metavar="train").add_parser(
-        "train", help="train a backbone with fast weights in place, or plainly")
-    p.add_argument("--ckpt", default="haystack", help="nickname, folder or hub id to start from")
-    p.add_argument("--out", default="out/memdlm", help="folder of the run and of the checkpoint it "
-                   "makes; resumes if killed")
-    p.add_argument("--data", metavar="FILE", help="JSONL as for train.py (default: haystacks for a "
-                   "model in tiny's format, else the Tulu-3 mixture)")
-    p.add_argument("--length", type=int, default=64, help="tokens of a haystack")
-    p.add_argument("--device", help="default: cuda where there is one")
-    p.add_argument("--dtype", choices=DTYPES, help="of the backbone; default: bfloat16 on CUDA, "
-                   "float32 for --tune full")
-    slow = p.add_argument_group("outer loop")
-    slow.add_argument("--tune", choices=("lora", "full"), default="lora", help="what is trained: a "
-                      "slow LoRA on all linear layers, merged at the end, or everything")
-    slow.add_argument("--plain", action="store_true", help="control: no fast weights, all else "
-                      "equal")
-    slow.add_argument("--slow-rank", type=int, default=32, help="of the slow LoRA; alpha is twice")
-    slow.add_argument("--steps", type=int, default=2000, help="updates")
-    slow.add_argument("--batch-size", type=int, default=16, help="examples per micro-batch, which "
-                      "share fast weights")
-    slow.add_argument("--micros", type=int, default=1, help="micro-batches per update")
-    slow.add_argument("--lr", type=float, help="peak of AdamW (default: 2e-5 as published, 3e-4 in "
-                      "tiny's format); a tenth of the run is warm-up")
-    slow.add_argument("--seed", type=seed, default=0, help="of data, masks and LoRA")
-    slow.add_argument("--max-length", type=int, default=4096, help="tokens of prompt and response")
-    slow.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
-    slow.add_argument("--save-every", type=int, default=100)
-    slow.add_argument("--eval-every", type=int, default=100)
-    fast, d = p.add_argument_group("inner loop: the fast weights"), Settings()
-    fast.add_argument("--rank", type=int, default=d.rank)
-    fast.add_argument("--alpha", type=float, default=d.alpha)
-    fast.add_argument("--share", type=float, default=d.share, help="of the layers, the last ones")
-    fast.add_argument("--inner-lr", type=float, default=d.lr)
-    fast.add_argument("--clip", type=float, default=d.clip, help="0: none (ablation)")
-    fast.add_argument("--K", type=int, default=d.K, help="inner steps; 1 is M_pre alone")
-    fast.add_argument("--only", choices=("pre", "anchor"), help="that step alone (ablation)")
-    fast.add_argument("--per-example", action="store_true", help="fast weights for each example "
-                      "rather than for the batch")
-    p.set_defaults(run=train)
-    args = parser.parse_args(argv)
-    for name in ("slow_rank", "steps", "batch_size", "micros", "max_length", "save_every",
-                 "eval_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, and has to be "
-                             "1 or more")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise InputError(f"--lr is {args.lr}, and has to be above 0")
-    args.settings = Settings(args.rank, args.alpha, args.share, args.inner_lr, args.clip, args.K,
-                             args.only, per_example=args.per_example)
-    return args
-
-
-def train(args: argparse.Namespace) -> None:
-    """Train, resume or finish the run in --out, and write the checkpoint it makes there."""
-    rank, _ = processes()
-    device, settings, out = args.device, args.settings, Path(args.out)
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    source = find(args.ckpt)
-    if out.resolve() == source.resolve():
-        raise InputError(f"--out {out} is the checkpoint to start from: pass another folder")
-    backbone, tokenizer = load(source, device, args.dtype or (
-        "float32" if args.tune == "full" else None))
-    if tokenizer is None:
-        raise InputError(f"{args.ckpt} has no tokenizer, so no data can be read")
-    c, device = backbone.config, backbone.embedding.weight.device
-    backbone.checkpointing, tasks = args.checkpointing, None
-    if toy := knows_tasks(tokenizer):
-        from tiny import GEN_LENGTH, KINDS, Haystack
-        if args.data is None and args.length + 17 + GEN_LENGTH > c.max_len:
-            raise InputError(f"--length {args.length} with query and answer is more than the "
-                             f"model's {c.max_len} tokens")
-        tasks = {kind: Haystack(args.length, *asked) for kind, asked in KINDS.items()}
-    draw = choose_data(args, tokenizer, c, tasks)
-    if args.tune == "full":
-        slow, parameters = None, dict(backbone.requires_grad_().named_parameters())
-    else:
-        slow = LoRA(backbone, range(c.layers), tuple(PARTS), args.slow_rank, 2.0 * args.slow_rank,
-                    args.seed)
-        slow.attach()
-        parameters = slow.weights
-    fast, start = FastLoRA(backbone, settings), backbone.fingerprint()
-    if rank == 0:
-        print(f"{sum(p.numel() for p in parameters.values()):,} slow weights, "
-              f"{sum(p.numel() for p in fast.weights.values()):,} fast ones in layers {fast.first} "
-              f"to {c.layers - 1}{', which stay off' if args.plain else ''}")
-
-    def loss_of(step: int, micro: int, held_out: bool, on: bool):
-        fast.detach()
-        ids, answer, pad = move(draw(step, micro, held_out), device)
-        figures: dict[str, float] = {}
-        bits = random.Random(f"masks {args.seed} {step} {micro} {held_out}").getrandbits(60)
-        loss = outer_loss(backbone, ids, answer, fast if on else None,
-                          torch.Generator().manual_seed(bits), pad, figures)
-        return loss, figures
-
-    @torch.no_grad()
-    def evaluate(step: int) -> dict[str, float]:
-        """held_out: without fast weights. held_out_adapted: with them adapted to the very tokens
-        that it scores, so no measure of quality."""
-        number = 2 * len(tasks or range(4))
-        off, on = (sum(loss_of(0, i, True, x)[0].item() for i in range(number)) / number
-                   for x in (False, True))
-        fast.detach()
-        return {"held_out": off, "held_out_adapted": on}
-
-    kept = {k: v for k, v in vars(args).items() if k not in (
-        "out", "device", "dtype", "save_every", "eval_every", "checkpointing", "run", "settings")}
-    fit(parameters, lambda step, micro: loss_of(step, micro, False, not args.plain), out,
-        steps=args.steps, lr=args.lr or (3e-4 if toy else 2e-5), warmup=max(1, args.steps // 10),
-        micros=args.micros, save_every=args.save_every, eval_every=args.eval_every,
-        evaluate=evaluate, settings={**kept, "backbone": start})
-    fast.detach()
-    if rank == 0:
-        if slow is not None:
-            slow.merge()
-        write_folder(backbone, source, out, settings)
-        print(f"wrote {out}")
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code."""
-    args = parse(argv)
-    args.run(args)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

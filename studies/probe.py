@@ -1,12 +1,12 @@
 """What a masked diffusion model knows at each distance from its prompt, and what it costs to sample
 several positions at once from their marginals.
 
-    python probe.py                                    # a held-out sudoku, the tiny model
-    python probe.py --task chain --number 100 --n-masks 24      # mean and spread over 100 prompts
-    python probe.py --ckpt llada-8b --prompt "Do plants have cells that migrate?"
-    python probe.py --ckpt llada-8b --prompts questions.txt --unigram book.txt --plot probe.png
-    python probe.py --memory FILE --task chain --number 100 --n-masks 24    # memory off and on
-    python probe.py --trap                             # the marginal trap, in seconds
+    python -m studies.probe                            # a held-out sudoku, the tiny model
+    python -m studies.probe --task chain --number 100 --n-masks 24    # mean and spread of 100
+    python -m studies.probe --ckpt llada-8b --prompt "Do plants have cells that migrate?"
+    python -m studies.probe --ckpt llada-8b --prompts questions.txt --unigram book.txt
+    python -m studies.probe --memory FILE --task chain --number 100 --n-masks 24    # off and on
+    python -m studies.probe --trap                     # the marginal trap, in seconds
 
 `probe` is the experiment of "On the Role of Discreteness in Diffusion LLMs" (arXiv 2512.22630,
 Figure 2): masks behind a prompt, one forward, nothing sampled; a plain float32 softmax, no
@@ -24,17 +24,26 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import Iterable, Sequence
+from pathlib import Path
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
+from lib.cli import Parser, command, count, one_of, require, seed
+from lib.data import read_prompts, task_batch
+from lib.files import read_text
+from lib.hub import CHECKPOINTS, Stated, stated
+from lib.live import NEWLINE, printable
+from lib.options import add_model_options
+from lib.stats import new_figure, save_figure
+from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState
-from model import (DTYPES, Backbone, Config, InputError, Parser, Tokenizer, command, load,
-                   read_text, seed)
-from sample import NEWLINE, denoise, encode, generate, printable, read_prompts
-from tiny import CONFIG, TASKS, batch, draw, llada_loss
-from train import fit, knows_tasks, unrolled_loss
+from model import Backbone, Config, load
+from sample import denoise, generate
+from studies.pretrain import llada_loss
+from tasks import TASKS, draw
+from train import fit, unrolled_loss
 
 PAPER = {"top1": "top-1 p"}
 OURS = {"entropy": "entropy", "eos": "EOS", "frequent": "top-20", "kl": "KL", "tv": "TV",
@@ -71,22 +80,21 @@ def probe_after(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int, aft
     CPU generators look at the same positions. Raises `InputError`."""
     c, device, P = backbone.config, backbone.embedding.weight.device, len(prompt_ids)
     steps = n_masks if steps is None else steps
-    if P == 0:
-        raise InputError("the prompt is empty: it needs at least one token")
-    if n_masks < 1 or P + n_masks > c.max_len:
-        raise InputError(f"a prompt of {P} tokens and {n_masks} masks do not fit into the model's "
-                         f"{c.max_len} positions: shorten the prompt or lower --n-masks")
-    if not 0 <= after < steps <= n_masks:
-        raise InputError(f"--after {after} of --steps {steps} over {n_masks} masks: steps are at "
-                         "most the masks, and after less than the steps")
+    require(P > 0, "the prompt is empty: it needs at least one token")
+    require(n_masks > 0 and P + n_masks <= c.max_len,
+            f"a prompt of {P} tokens and {n_masks} masks do not fit into the model's {c.max_len} "
+            "positions: shorten the prompt or lower --n-masks")
+    require(0 <= after < steps <= n_masks, f"--after {after} of --steps {steps} over {n_masks} "
+            "masks: steps are at most the masks, and after less than the steps")
     generator = generator or torch.Generator().manual_seed(0)
     prompt = torch.as_tensor(prompt_ids, device=device)[None]                      # (1, P)
     ids = torch.cat([prompt, prompt.new_full((1, n_masks), c.mask_id)], 1)         # (1, P + n)
     state = None if memory is None else memory.initial(1)
     for step in range(after + 1):
         where = P + (ids[0, P:] == c.mask_id).nonzero()[:, 0]                      # (n,)
-        logits, state = denoise(backbone, ids, where[None], memory=memory, state=state,
-                                span=(P, n_masks))                                 # (1, n, V)
+        h, state = denoise(backbone, ids, where[None], memory=memory, state=state,
+                           span=(P, n_masks))                                      # (1, n, d)
+        logits = backbone.logits(h).float()                                        # (1, n, V)
         if step < after:
             count = n_masks // steps + (step < n_masks % steps)
             chosen = torch.randperm(len(where), generator=generator)[:count].to(device)
@@ -99,8 +107,7 @@ def unigram_of(ids: Iterable[int], vocab: int) -> torch.Tensor:
     """(V,) float32: how frequent each token is, with `SMOOTHING` of it spread evenly over all V, so
     that a token that does not occur has a finite KL. Raises `InputError` where there is none."""
     counts = torch.bincount(torch.as_tensor(list(ids), dtype=torch.long), minlength=vocab).float()
-    if not counts.sum():
-        raise InputError("the text for the unigram distribution is empty")
+    require(bool(counts.sum()), "the text for the unigram distribution is empty")
     return (1 - SMOOTHING) * counts / counts.sum() + SMOOTHING / vocab
 
 
@@ -197,8 +204,10 @@ def print_summary(measured: dict[str, dict[str, list[np.ndarray]]]) -> None:
                   f"|{strip(values, width, top)}| 0-{top:.1f}")
 
 
-def plot(figure, measured: dict[str, dict[str, list[np.ndarray]]], path: str) -> None:
-    """Top-1 probability, EOS and entropy against distance: mean, and spread as a band."""
+def plot(measured: dict[str, dict[str, list[np.ndarray]]], path: str) -> None:
+    """Write top-1 probability, EOS and entropy against distance: mean, and spread as a band. Raises
+    `InputError`."""
+    figure = new_figure(figsize=(6, 7), layout="constrained")
     for k, name in enumerate(("top1", "eos", "entropy")):
         axes = figure.add_subplot(3, 1, k + 1, ylabel=(PAPER | OURS)[name])
         for variant, rows in measured.items():
@@ -209,10 +218,7 @@ def plot(figure, measured: dict[str, dict[str, list[np.ndarray]]], path: str) ->
     axes.set_xlabel("distance from the prompt")
     if len(measured) > 1:
         figure.axes[0].legend(fontsize=8)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write the plot {path}: {error}") from error
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------ the marginal trap
@@ -230,7 +236,7 @@ def exact(counts: Sequence[int]) -> tuple[float, float]:
     return 1 - 2.0 ** (1 - counts[0]), (counts[0] - 1) * math.log(2)
 
 
-def _fit(module: torch.nn.Module, loss_fn, seed: int, steps: int, lr: float) -> None:
+def _fit(module: torch.nn.Module, loss_fn: Callable, seed: int, steps: int, lr: float) -> None:
     """Train a module on loss_fn(generator), and freeze it."""
     def loss(step: int, _):
         return loss_fn(torch.Generator().manual_seed(seed * steps + step)), {}
@@ -243,10 +249,10 @@ def _fit(module: torch.nn.Module, loss_fn, seed: int, steps: int, lr: float) -> 
 
 def trap_model(seed: int = 0) -> Backbone:
     """A masked model of 11 thousand weights, fitted to the two sentences with LLaDA's loss."""
-    config = Config.from_dict({
-        **CONFIG, "d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2,
-        "mlp_hidden_size": 64, "vocab_size": len(WORDS), "mask_token_id": MASK, "eos_token_id": 1,
-        "pad_token_id": 1})
+    config = Config("llada", dim=32, layers=1, heads=2, kv_heads=2, mlp_dim=64, vocab=len(WORDS),
+                    max_len=256, rope_theta=300.0, norm_eps=1e-5, qkv_bias=True, rope_float32=True,
+                    tied=False, mask_id=MASK, eos_id=WORDS.index("<eos>"),
+                    pad_id=WORDS.index("<eos>"), dtype="float32")
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(seed))
     answers = torch.tensor(DATA * 16)                                 # (32, 3)
     prompts = torch.tensor([PROMPT]).expand(len(answers), -1)         # (32, 1)
@@ -278,7 +284,8 @@ def outcomes(backbone: Backbone, ids: torch.Tensor, counts: Sequence[int],
     state = None if memory is None else memory.initial(1)
     for count in counts:
         where = (ids == mask_id).nonzero()[:, 1].view(len(ids), -1)               # (N, n)
-        logits, state = denoise(backbone, ids, where, memory=memory, state=state, span=span)
+        h, state = denoise(backbone, ids, where, memory=memory, state=state, span=span)
+        logits = backbone.logits(h).float()                                       # (N, n, V)
         logits[..., mask_id] = -torch.inf
         p, branches = torch.softmax(logits.double(), -1), []                      # (N, n, V)
         subsets = list(itertools.combinations(range(where.shape[1]), count))
@@ -348,74 +355,73 @@ given it: words committed together cannot agree more often unless one sentence i
 
 
 # ------------------------------------------------------------------ command line
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; raises `InputError` for values that make no sense."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_argument_group("what to probe (by default a held-out sudoku for the tiny model)")
-    what.add_argument("--prompt", help="a text; a user's message where the model has a chat format")
-    what.add_argument("--prompts", metavar="FILE", help="one prompt a line, text or JSON with "
-                      "`prompt` or `messages`")
-    what.add_argument("--task", help="held-out prompts of this task of tiny.py")
-    what.add_argument("--number", type=int, default=1, help="how many of the task's (default: 1)")
+def parser() -> Parser:
+    """What the command line takes."""
+    p = Parser(description=__doc__)
+    what = p.add_argument_group("what to probe (by default a task that the checkpoint names)")
+    source = what.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="a text; a user's message where the model has a chat "
+                        "format")
+    source.add_argument("--prompts", metavar="FILE", help="one prompt a line, text or JSON with "
+                        "`prompt` or `messages`")
+    source.add_argument("--task", type=one_of(TASKS, "task"), help="held-out prompts of this task")
+    source.add_argument("--trap", action="store_true", help="the marginal trap instead, on the CPU")
+    what.add_argument("--number", type=count, default=1, help="how many of the task's (default: 1)")
     what.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
-    what.add_argument("--n-masks", type=int, help="masks behind the prompt (default: 128, or what "
-                      "the model's length leaves)")
-    what.add_argument("--trap", action="store_true", help="the marginal trap instead, on the CPU")
-    what.add_argument("--samples", type=int, default=10_000, help="with --trap: to draw")
+    what.add_argument("--n-masks", type=count, help="masks behind the prompt (default: 128, or "
+                      "what the model's length leaves)")
+    what.add_argument("--samples", type=count, default=10_000, help="with --trap: to draw")
     what.add_argument("--seed", type=seed, default=0, help="of --task, --after and --trap")
-    model = p.add_argument_group("model")
-    model.add_argument("--ckpt", default="tiny", help="nickname, folder or hub id (default: tiny)")
-    model.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    model.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else as stored")
-    model.add_argument("--memory", metavar="FILE", help="a MetaState memory: off and on")
-    model.add_argument("--after", type=int, help="denoising steps before the probe (default: 0, "
-                       "with --memory half of them)")
-    model.add_argument("--steps", type=int, help="denoising steps that would fill all masks "
-                       "(default: one token per step)")
+    add_model_options(p, compiled=False)
+    p.add_argument("--memory", metavar="FILE", help="a MetaState memory: off and on")
+    p.add_argument("--after", type=int, help="denoising steps before the probe (default: 0, with "
+                   "--memory half of them)")
+    p.add_argument("--steps", type=count, help="denoising steps that would fill all masks "
+                   "(default: one token per step)")
     show = p.add_argument_group("output")
-    show.add_argument("--topk", type=int, default=3, help="tokens shown at a position (default: 3)")
-    show.add_argument("--unigram", metavar="FILE", help="a text to compare with (default for "
-                      "tiny: answers of its training tasks; else top-20 and KL are left out)")
+    show.add_argument("--topk", type=count, default=3, help="tokens shown at a position "
+                      "(default: 3)")
+    show.add_argument("--unigram", metavar="FILE", help="a text to compare with (default: answers "
+                      "of the checkpoint's tasks; where it has none, top-20 and KL are left out)")
     show.add_argument("--json", action="store_true", help="JSON lines: a prompt each, then means")
     show.add_argument("--plot", metavar="FILE", help="curves by distance (matplotlib)")
-    args = p.parse_args(argv)
-    sources = [f"--{k}" for k in ("prompt", "prompts", "task") if getattr(args, k) is not None]
-    if len(sources) + args.trap > 1:
-        raise InputError("--prompt, --prompts, --task and --trap exclude each other")
-    if args.trap and (args.memory or args.plot):
-        raise InputError("--trap trains a memory of its own and has no plot: leave out "
-                         f"{'--memory' if args.memory else '--plot'}")
-    if args.ckpt != "tiny" and not sources and not args.trap:
-        raise InputError(f"what should {args.ckpt} be asked? Pass --prompt, --prompts or --task")
-    if args.task is not None and args.task not in TASKS:
-        raise InputError(f"unknown task {args.task!r}: one of {', '.join(TASKS)}")
-    for name in ("number", "n_masks", "samples", "steps", "topk"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, and has to be 1 or more")
-    return args
+    return p
 
 
-def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer,
+def tasks_of(ckpt: str) -> Stated:
+    """What the checkpoint states, without a download: published ones state no tasks. Raises
+    `InputError` for a task that is not there."""
+    if not Path(CHECKPOINTS.get(ckpt, ckpt)).expanduser().is_dir():
+        return Stated(128, [])
+    found = stated(ckpt)
+    for name in found.tasks:
+        require(name in TASKS, f"{ckpt} names a task {name!r}, which is none of {', '.join(TASKS)}")
+    return found
+
+
+def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer, tasks: list[str],
                room: int) -> list[tuple[str | list[dict], list[int]]]:
     """(prompt, ids) of everything that the command line asks about."""
     if args.prompts is not None:
         return read_prompts(args.prompts, tokenizer, args.raw, room)
-    if args.prompt is not None:
-        return [(args.prompt, encode(tokenizer, args.prompt, args.raw))]
-    rng = random.Random(args.seed)
-    texts = [draw(TASKS[args.task or "sudoku"], rng, held_out=True)[0] for _ in range(args.number)]
-    return [(text, encode(tokenizer, text, args.raw)) for text in texts]
+    texts, rng = [args.prompt], random.Random(args.seed)
+    if args.prompt is None:
+        texts = [draw(args.task or tasks[0], rng, held_out=True)[0] for _ in range(args.number)]
+    return [(text, tokenizer.prompt(text, args.raw)) for text in texts]
 
 
-def unigram_for(args: argparse.Namespace, tokenizer: Tokenizer,
-                c: Config) -> tuple[torch.Tensor | None, str]:
+def unigram_for(args: argparse.Namespace, tokenizer: Tokenizer, c: Config,
+                known: Stated) -> tuple[torch.Tensor | None, str]:
     """(unigram distribution or None, what it is of)."""
     if args.unigram:
         return unigram_of(tokenizer.encode(read_text(args.unigram)), c.vocab), args.unigram
-    if not knows_tasks(tokenizer):
+    answers = []
+    for name in known.tasks:
+        rng = random.Random(0)
+        pairs = [draw(name, rng, held_out=False) for _ in range(250)]
+        answers.append(task_batch(pairs, tokenizer, c.eos_id, known.length)[1].flatten())
+    if not answers:
         return None, "a --unigram text (left out without one)"
-    answers = [batch(task, tokenizer, random.Random(0), 250, False, c.eos_id)[1].flatten()
-               for task in TASKS.values()]
     return unigram_of(torch.cat(answers).tolist(), c.vocab), "the training tasks' answers"
 
 
@@ -430,33 +436,25 @@ def record_of(tokenizer: Tokenizer, distance: torch.Tensor, p: torch.Tensor, top
                 distance.tolist(), top.indices.tolist(), top.values.tolist()))]
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Probe what the command line asks for, or show the trap; returns the exit code."""
-    args = parse(argv)
-    if args.trap:
-        trap(args)
-        return 0
+def measure(args: argparse.Namespace) -> None:
+    """Probe what the command line asks for, and print it."""
+    known, asked = tasks_of(args.ckpt), (args.prompt, args.prompts, args.task)
+    require(bool(known.tasks) or any(x is not None for x in asked),
+            f"what should {args.ckpt} be asked? Pass --prompt, --prompts or --task")
     if args.plot:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+        new_figure()  # what is missing is said now
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
-    if tokenizer is None:
-        raise InputError(f"{args.ckpt} has no tokenizer, so a text cannot be read or written")
-    c = backbone.config
-    if args.n_masks is not None and args.n_masks >= c.max_len:
-        raise InputError(f"--n-masks {args.n_masks} leaves no room for a prompt in the model's "
-                         f"{c.max_len} positions")
-    prompts = prompts_of(args, tokenizer, c.max_len - (args.n_masks or 1))
+    c, tokenizer = backbone.config, needed(tokenizer, args.ckpt)
+    require((args.n_masks or 1) < c.max_len, f"--n-masks {args.n_masks} leaves no room for a "
+            f"prompt in the model's {c.max_len} positions")
+    prompts = prompts_of(args, tokenizer, known.tasks, c.max_len - (args.n_masks or 1))
     # the same for all, because what a position gets depends on how many masks follow
     n = args.n_masks or max(1, min(128, c.max_len - max(len(ids) for _, ids in prompts)))
     steps = args.steps or n
     after = args.after if args.after is not None else steps // 2 if args.memory else 0
     variants = {"memory off": None, "memory on": MetaState.load(args.memory, backbone)} \
         if args.memory else {"": None}
-    unigram, source = unigram_for(args, tokenizer, c)
+    unigram, source = unigram_for(args, tokenizer, c, known)
     common = {"n_masks": n, "steps": steps, "after": after}
 
     if not args.json:
@@ -465,25 +463,23 @@ def main(argv: list[str] | None = None) -> int:
             + "; spread over prompts in brackets" * (len(prompts) > 1) + "\n"
             + LEGEND.format(unigram=source))
     measured: dict[str, dict[str, list[np.ndarray]]] = {variant: {} for variant in variants}
-    for i, (prompt, ids) in enumerate(prompts):
-        for variant, memory in variants.items():
-            bits = random.Random(f"{args.seed} {i}").getrandbits(60)  # off and on: the same
-            distance, p = probe_after(backbone, ids, n, after, memory, steps,
-                                      torch.Generator().manual_seed(bits))
-            found = metrics(p, c.eos_id, unigram, distance)
-            for name, values in found.items():
-                row = np.full(n, np.nan)
-                row[distance.cpu().numpy() - 1] = values
-                measured[variant].setdefault(name, []).append(row)
-            if args.json or len(prompts) == 1:
-                record = {"prompt": prompt, "prompt_tokens": len(ids), **common,
-                          "memory": memory is not None,
-                          "positions": record_of(tokenizer, distance, p, args.topk, found)}
-                if args.json:
-                    print(json.dumps(record, ensure_ascii=False), flush=True)
-                else:
-                    print(variant + "\n" * bool(variant), end="")
-                    print_tokens(record)
+    for (i, (prompt, ids)), variant in itertools.product(enumerate(prompts), variants):
+        bits = random.Random(f"{args.seed} {i}").getrandbits(60)  # off and on: the same
+        distance, p = probe_after(backbone, ids, n, after, variants[variant], steps,
+                                  torch.Generator().manual_seed(bits))
+        found = metrics(p, c.eos_id, unigram, distance)
+        for name, values in found.items():
+            row = np.full(n, np.nan)
+            row[distance.cpu().numpy() - 1] = values
+            measured[variant].setdefault(name, []).append(row)
+        record = {"prompt": prompt, "prompt_tokens": len(ids), **common,
+                  "memory": variants[variant] is not None,
+                  "positions": record_of(tokenizer, distance, p, args.topk, found)}
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        elif len(prompts) == 1:
+            print(variant + "\n" * bool(variant), end="")
+            print_tokens(record)
     if args.json:
         print(json.dumps({
             "prompts": len(prompts), **common, "paper": ["top", *PAPER], "ours": list(OURS),
@@ -494,8 +490,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print_summary(measured)
     if args.plot:
-        plot(Figure(figsize=(6, 7), layout="constrained"), measured, args.plot)
-    return 0
+        plot(measured, args.plot)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Probe what the command line asks for, or show the trap."""
+    args = parser().parse_args(argv)
+    require(not (args.trap and (args.memory or args.plot)), "--trap trains a memory of its own and "
+            f"has no plot: leave out {'--memory' if args.memory else '--plot'}")
+    (trap if args.trap else measure)(args)
 
 
 if __name__ == "__main__":

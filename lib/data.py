@@ -1,0 +1,190 @@
+"""Prompts and training examples from files and tasks, as batches of ids."""
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+from lib.cli import InputError, require
+from lib.files import parse_json, read_lines, write_atomic
+from lib.hub import stated
+from lib.run import first_process_first
+from lib.tokenizer import Tokenizer
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # ids, answer mask, pad mask
+
+
+def left_pad(rows: list[list[int]], pad_id: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> (B, P) ids padded on the left, and (B, P) True where padded."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
+    pad = torch.tensor([[True] * (width - len(r)) + [False] * len(r) for r in rows], device=device)
+    return ids, pad
+
+
+def move(data, device) -> list:
+    """The tensors of a batch on a device; what is None stays None."""
+    return [None if x is None else x.to(device) for x in data]
+
+
+def read_prompts(path: str, tokenizer: Tokenizer, raw: bool,
+                 room: int) -> list[tuple[str | list[dict], list[int]]]:
+    """(prompt, ids) of a file, one a line: a text, or JSON with `prompt` or `messages`. An
+    `InputError` names the line, also of a prompt longer than `room` tokens."""
+    prompts = []
+    for where, line in read_lines(path):
+        prompt: str | list[dict] | None = line
+        if line.lstrip().startswith("{"):
+            fields = parse_json(line, where)
+            prompt = fields.get("messages") or fields.get("prompt")
+            require(isinstance(prompt, list if fields.get("messages") else str),
+                    f"{where}: neither a prompt nor a list of messages")
+        try:
+            ids = tokenizer.prompt(prompt, raw)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        require(len(ids) <= room, f"{where}: {len(ids)} tokens, and only {room} leave room for the "
+                "answer")
+        prompts.append((prompt, ids))
+    require(bool(prompts), f"{path} holds no prompt")
+    return prompts
+
+
+def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., Batch]:
+    """The batches that a training command asks for: the file of --data, else the tasks that the
+    checkpoint names, else the Tulu-3 mixture. draw(name, rng, held_out) makes a task's example; c
+    has eos_id, pad_id and max_len."""
+    length, tasks = stated(args.ckpt)
+    if args.data is None and tasks:
+        try:
+            for name in tasks:
+                draw(name, random.Random(0), False)
+        except ValueError as error:
+            raise InputError(f"{args.ckpt}: its generation_config.json: {error}") from error
+        return task_batches(draw, tokenizer, c.eos_id, length, tasks, args.batch_size, args.micros,
+                            args.seed)
+    path = args.data or first_process_first(lambda: tulu(args.seed))
+    examples = read_examples(path, tokenizer, c.eos_id, min(args.max_length, c.max_len))
+    return file_batches(examples, c.pad_id, args.batch_size, args.micros, args.seed)
+
+
+# ------------------------------------------------------------------ tasks
+def task_batch(pairs: list[tuple[str, str]], tokenizer: Tokenizer, eos_id: int,
+               length: int) -> Batch:
+    """(prompt, answer) texts -> prompts (B, P), answers (B, length) with EOS behind, and (B, P)
+    True where a prompt is padded on the left, or None where all are of one length. Raises
+    `InputError` for an answer longer than `length`."""
+    prompts, pad_mask = left_pad([tokenizer.encode(p) for p, _ in pairs], eos_id)
+    answers = [tokenizer.encode(a) for _, a in pairs]
+    require(max(map(len, answers)) <= length, f"the answer {max((a for _, a in pairs), key=len)!r} "
+            f"is longer than {length} tokens")
+    answers = torch.tensor([a + [eos_id] * (length - len(a)) for a in answers])
+    return prompts, answers, pad_mask if bool(pad_mask.any()) else None
+
+
+def task_batches(draw: Callable, tokenizer: Tokenizer, eos_id: int, length: int, names: list[str],
+                 size: int, micros: int, seed: int) -> Callable[..., Batch]:
+    """batch(step, micro, held_out) -> (ids, answer_mask, pad_mask) of tasks, one task per
+    micro-batch in turn. draw(name, rng, held_out) -> (prompt, answer)."""
+    def batch(step: int, micro: int, held_out: bool = False) -> Batch:
+        rng = random.Random(f"{seed} {step} {micro}")
+        name = names[(step * micros + micro) % len(names)]
+        pairs = [draw(name, rng, held_out) for _ in range(size)]
+        prompts, answers, pad = task_batch(pairs, tokenizer, eos_id, length)
+        ids = torch.cat([prompts, answers], 1)
+        answer = torch.arange(ids.shape[1]) >= prompts.shape[1]
+        return ids, answer.expand(ids.shape), None if pad is None else F.pad(pad, (0, length))
+
+    return batch
+
+
+# ------------------------------------------------------------------ files
+def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int,
+                  max_length: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) ids of a JSONL file with `messages` (the last one is the answer) or `prompt`
+    and `response` a line, in the tokenizer's chat format. An answer ends with EOS and is cut where
+    the two together pass max_length; an example whose prompt leaves less than 8 positions is
+    dropped. Raises `InputError` with the file and line number."""
+    examples, dropped = [], 0
+    for where, line in read_lines(path):
+        fields = parse_json(line, where)
+        messages = fields.get("messages")
+        if messages is None and "prompt" in fields:
+            messages = [{"role": "user", "content": fields["prompt"]},
+                        {"role": "assistant", "content": fields.get("response")}]
+        last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+        require(isinstance(last, dict) and last.get("role") == "assistant"
+                and isinstance(last.get("content"), str) and last["content"] != "",
+                f"{where}: no response: a line needs `messages` that end with the assistant's, or "
+                "`prompt` and `response`")
+        try:
+            prompt = tokenizer.chat(messages[:-1])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        answer = tokenizer.encode(last["content"] + tokenizer.end_of_turn) + [eos_id]
+        if len(prompt) > max_length - 8:
+            dropped += 1
+        else:
+            examples.append((prompt, answer[:max_length - len(prompt)]))
+    require(bool(examples), f"{path} holds no example that fits into {max_length} tokens")
+    if dropped:
+        print(f"{dropped} of {dropped + len(examples)} examples have prompts too long for "
+              f"--max-length {max_length} and are left out", file=sys.stderr)
+    return examples
+
+
+def file_batches(examples: list[tuple[list[int], list[int]]], pad_id: int, size: int, micros: int,
+                 seed: int) -> Callable[..., Batch]:
+    """batch(step, micro, held_out) -> (ids, answer_mask, pad_mask) of examples padded on the right.
+    The first 64 (at most an eighth) are held out; the others come in a new order every epoch."""
+    kept = min(64, len(examples) // 8)
+    held, train = examples[:kept] or examples, examples[kept:]
+    orders: dict[int, list[int]] = {}
+
+    def pick(index: int):
+        epoch, offset = divmod(index, len(train))
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(train)), len(train))
+        return train[orders[epoch][offset]]
+
+    def batch(step: int, micro: int, held_out: bool = False) -> Batch:
+        first = micro * size if held_out else (step * micros + micro) * size
+        rows = [held[(first + i) % len(held)] if held_out else pick(first + i) for i in range(size)]
+        width = max(len(p) + len(a) for p, a in rows)
+        ids = torch.full((size, width), pad_id)
+        answer, pad = torch.zeros(size, width, dtype=torch.bool), torch.ones(size, width).bool()
+        for i, (p, a) in enumerate(rows):
+            ids[i, :len(p) + len(a)] = torch.tensor(p + a)
+            answer[i, len(p):len(p) + len(a)] = True
+            pad[i, :len(p) + len(a)] = False
+        return ids, answer, pad if bool(pad.any()) else None
+
+    return batch
+
+
+def tulu(seed: int, number: int = 50_000) -> Path:
+    """The paper's data: examples of the Tulu-3 SFT mixture, picked by seed, prepared once through
+    the optional `datasets` package and kept as JSONL."""
+    path = Path("data") / f"tulu3-{number}-seed{seed}.jsonl"
+    if not path.is_file():
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise InputError("preparing the Tulu-3 mixture needs the datasets package: pip install "
+                             "datasets, or pass your own --data FILE.jsonl") from error
+        rows = load_dataset("allenai/tulu-3-sft-mixture", split="train")
+        rows = rows.shuffle(seed=seed).select(range(number))
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n")
+
+        write_atomic(path, write)
+    return path

@@ -1,0 +1,182 @@
+"""What a person sees of a generation: the live view on a terminal, the answer, its figures, and the
+JSON lines of a file of prompts."""
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import sys
+import time
+import unicodedata
+from typing import Callable, TextIO
+
+import torch
+
+from lib.cli import require
+from lib.data import left_pad, read_prompts
+from lib.tokenizer import Tokenizer
+
+MASK, NEWLINE = "\u2591", "\u23ce"  # how a masked position and, on one line, a line break look
+DIM, FRESH, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+class LiveView:
+    """Shows row 0 of a generation denoise. On a terminal every step redraws the same lines: masked
+    positions as a light block, what the step committed in bold green, and a status line beneath.
+    Anywhere else every step is one plain line."""
+
+    def __init__(self, tokenizer: Tokenizer, mask_id: int, eos_id: int, prompt_length: int,
+                 stream: TextIO, delay: float = 0.0):
+        self.tokenizer, self.mask_id, self.eos_id = tokenizer, mask_id, eos_id
+        self.prompt_length, self.stream, self.terminal = prompt_length, stream, stream.isatty()
+        self.delay = delay   # seconds to rest after each frame on a terminal
+        self.rested = 0.0    # seconds so far, which are none of the model's
+        self.drawn = 0       # lines of the last frame
+
+    def __call__(self, step) -> None:
+        if not self.terminal:
+            text = "".join(t for t, _ in self.runs(step)).replace("\n", NEWLINE)
+            print(f"{step.forwards:4d}  {text}", file=self.stream, flush=True)
+            return
+        size = shutil.get_terminal_size()
+        lines = self.frame(step, size.columns)[-max(1, size.lines - 1):]
+        up = f"\x1b[{self.drawn}F" if self.drawn else ""
+        self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
+        self.stream.flush()
+        self.drawn = len(lines)
+        time.sleep(self.delay)
+        self.rested += self.delay
+
+    def frame(self, step, columns: int) -> list[str]:
+        """The lines of one frame, each at most `columns` wide: the answer, then the status."""
+        lines, width = [""], 0
+        for text, style in self.runs(step):
+            lines[-1] += style
+            for char in text:
+                wide = 2 if unicodedata.east_asian_width(char) in "WF" else \
+                    0 if unicodedata.combining(char) else 1
+                if char == "\n" or width + wide > columns:
+                    lines[-1] += PLAIN if style else ""
+                    lines.append(style)
+                    width = 0
+                if char != "\n":
+                    lines[-1] += char
+                    width += wide
+            lines[-1] += PLAIN if style else ""
+        status = self.status(step)[:columns]
+        return lines + [DIM + status + PLAIN]
+
+    def status(self, step) -> str:
+        """The line beneath: how many positions are settled, and the figures."""
+        answer = step.ids[:, self.prompt_length:]
+        masks = int((answer[0] == self.mask_id).sum())
+        return (f"{answer.shape[1] - masks}/{answer.shape[1]} positions  "
+                + figures(answer, self.mask_id, self.eos_id, step.forwards,
+                          step.seconds - self.rested))
+
+    def runs(self, step) -> list[tuple[str, str]]:
+        """(text, style) of neighbouring tokens of one kind: masked, fresh or settled. EOS and what
+        follows it is left out once everything before it is settled."""
+        ids = step.ids[0, self.prompt_length:].tolist()
+        fresh = step.fresh[0, self.prompt_length:].tolist()
+        if self.eos_id in ids and self.mask_id not in ids[:ids.index(self.eos_id)]:
+            ids = ids[:ids.index(self.eos_id)]
+        runs: list[tuple[list[int], str]] = []
+        for token, is_fresh in zip(ids, fresh):
+            style = DIM if token == self.mask_id else FRESH if is_fresh else ""
+            if not runs or runs[-1][1] != style:
+                runs.append(([], style))
+            runs[-1][0].append(token)
+        return [(MASK * len(tokens) if style == DIM
+                 else printable(self.tokenizer.decode(tokens, skip_special=True)), style)
+                for tokens, style in runs]
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would move a terminal's cursor."""
+    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
+
+
+def count_tokens(answer: torch.Tensor, mask_id: int, eos_id: int) -> int:
+    """Generated tokens of a (B, G) answer: neither EOS nor mask."""
+    return int(((answer != eos_id) & (answer != mask_id)).sum())
+
+
+def figures(answer: torch.Tensor, mask_id: int, eos_id: int, forwards: int, seconds: float) -> str:
+    """The figures that go together, always said the same way."""
+    tokens = count_tokens(answer, mask_id, eos_id)
+    return (f"{tokens} tokens  {forwards} forwards  {tokens / max(forwards, 1):.2f} "
+            f"tokens/forward  {tokens / max(seconds, 1e-9):.1f} tokens/s")
+
+
+def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int, eos_id: int) -> str:
+    """Text of one generated answer (1-d ids) up to its first EOS, special tokens left out."""
+    ids = ids.tolist()
+    ids = ids[:ids.index(eos_id)] if eos_id in ids else ids
+    return tokenizer.decode([i for i in ids if i != mask_id], skip_special=True)
+
+
+# ------------------------------------------------------------------ answers
+def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, special, device,
+                   gen_length: int, tasks: dict, task: str | None, draw: Callable) -> None:
+    """Answer what a command line asks by every variant's `decode(ids, ...)`: the prompts of a file,
+    which go to the last variant alone, a prompt, or a held-out one of a task.
+    special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
+    task: the name to take where no prompt is given, if there is one. Raises `InputError`."""
+    if args.prompts is not None:
+        room = special.max_len - gen_length
+        prompts = read_prompts(args.prompts, tokenizer, args.raw, room)
+        answer_file(list(variants.values())[-1], prompts, tokenizer, special, args.batch_size,
+                    device)
+        return
+    prompt, check = args.prompt, None
+    if prompt is None:
+        require(task is not None, f"what should {args.ckpt} answer? Pass --prompt or --prompts")
+        require(task in tasks, f"{args.ckpt} names the task {task!r}, which is none of "
+                f"{', '.join(tasks)}: pass --prompt or --task")
+        prompt, _ = draw(tasks[task], random.Random(args.seed), True)
+        check = functools.partial(tasks[task].check, prompt)
+    ids = torch.tensor([tokenizer.prompt(prompt, args.raw)], device=device)
+    if check and not args.quiet:
+        print(prompt, flush=True)
+    delay = args.delay if args.delay is not None else 0.08 if check else 0.0
+    for name, decode in variants.items():
+        if name:
+            print(f"{name}:", flush=True)
+        text = show(decode, ids, tokenizer, special, args.quiet, delay)
+        if check and not args.quiet:
+            print("right" if check(text) else "wrong", flush=True)
+
+
+def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, quiet: bool = False,
+         delay: float = 0.0) -> str:
+    """Answer a prompt of ids (1, P) by `decode(ids, on_step=...)`, live, or `quiet`, which prints
+    the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame."""
+    mask_id, eos_id = special.mask_id, special.eos_id
+    view = None if quiet else LiveView(tokenizer, mask_id, eos_id, ids.shape[1], sys.stdout, delay)
+    sample = decode(ids, on_step=view)
+    answer = sample.ids[:, ids.shape[1]:]
+    text = answer_text(answer[0], tokenizer, mask_id, eos_id)
+    if view is None or not view.terminal:
+        print(text)
+    if view is not None and not view.terminal:
+        print(figures(answer, mask_id, eos_id, sample.forwards, sample.seconds))
+    return text
+
+
+def answer_file(decode: Callable, prompts: list[tuple[str | list[dict], list[int]]],
+                tokenizer: Tokenizer, special, batch_size: int, device) -> None:
+    """Answer (prompt, ids) pairs in batches by `decode(ids, pad_mask=...)`, one JSON object a line
+    on stdout. special has mask_id, eos_id and pad_id."""
+    mask_id, eos_id = special.mask_id, special.eos_id
+    for i in range(0, len(prompts), batch_size):
+        batch = prompts[i:i + batch_size]
+        ids, pad = left_pad([row for _, row in batch], special.pad_id, device)
+        sample = decode(ids, pad_mask=pad)
+        for (prompt, _), answer in zip(batch, sample.ids[:, ids.shape[1]:]):
+            print(json.dumps({
+                "prompt": prompt, "text": answer_text(answer, tokenizer, mask_id, eos_id),
+                "tokens": count_tokens(answer, mask_id, eos_id), "forwards": sample.forwards,
+                "seconds": round(sample.seconds, 4), "batch": len(batch)},
+                ensure_ascii=False), flush=True)

@@ -1,0 +1,183 @@
+"""Shares with their intervals and a plot of them; timings beside what the machine can do."""
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+
+from lib.cli import InputError
+from lib.files import write_atomic
+
+
+# ------------------------------------------------------------------ accuracy
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a proportion of n (Wilson's score interval)."""
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
+                                                          + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+class Accuracies:
+    """right[variant] (training seeds, tasks, settings, prompts) of 0 and 1, with means over
+    training seeds and prompts, and 95% intervals by bootstrap over both: a draw picks training
+    seeds and each task's prompts with replacement, the same for every variant (the frozen backbone
+    has one seed). Three seeds are few, so the intervals are rough. That of an accuracy is never
+    narrower than Wilson's for so many prompts: where all are right a bootstrap sees no doubt."""
+
+    def __init__(self, right: dict[str, np.ndarray], draws: int = 2000):
+        self.seeds = {v: r.mean(3) for v, r in right.items()}          # (seeds, tasks, settings)
+        self.means = {v: shares.mean(0) for v, shares in self.seeds.items()}  # (tasks, settings)
+        self.prompts = next(iter(right.values())).shape[3]
+        rng, picks = np.random.default_rng(0), {}  # picks: (of how many, rows) -> shares of each
+        for r in right.values():
+            picks |= {(r.shape[0], 1): [], (r.shape[3], r.shape[1]): []}
+        for _ in range(draws):
+            for (n, rows), drawn in picks.items():
+                drawn.append(rng.multinomial(n, [1 / n] * n, rows) / n)       # (rows, n)
+        picks = {key: np.stack(drawn) for key, drawn in picks.items()}        # (draws, rows, n)
+        self.draws = {v: np.einsum("ds,dtp,stqp->dtq", picks[r.shape[0], 1][:, 0],
+                                   picks[r.shape[3], r.shape[1]], r, optimize=True)
+                      for v, r in right.items()}                              # (draws, tasks, ...)
+
+    def __call__(self, tasks: list[int], settings: list[int], variant: str,
+                 minus: str | None = None) -> tuple[float, float, float]:
+        """(mean, low, high) in percent over the chosen task and setting indices, of a variant or of
+        its lead over another."""
+        def over(means):
+            value = means[variant] - (means[minus] if minus else 0)
+            return 100 * value[..., tasks, :][..., settings].mean((-1, -2))
+        mean, (low, high) = over(self.means), np.percentile(over(self.draws), [2.5, 97.5])
+        if minus is None:
+            least, most = wilson(mean / 100, len(tasks) * len(settings) * self.prompts)
+            low, high = min(low, 100 * least), max(high, 100 * most)
+        return float(mean), float(low), float(high)
+
+    def cell(self, tasks: list[int], setting: int, variant: str) -> dict:
+        """{"accuracy", "low", "high", "seeds": each training seed's accuracy} in percent of a
+        variant, for one setting and the mean of the chosen tasks."""
+        accuracy, low, high = self(tasks, [setting], variant)
+        seeds = 100 * self.seeds[variant][:, tasks, setting].mean(1)
+        return {"accuracy": accuracy, "low": low, "high": high, "seeds": seeds.tolist()}
+
+
+def new_figure(**options):
+    """An empty figure of matplotlib, which is optional. Raises `InputError` without it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+    return Figure(**options)
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a figure in the format that the path's ending names. Raises `InputError`."""
+    try:
+        write_atomic(path, lambda p: figure.savefig(p, format=Path(path).suffix[1:] or "png"))
+    except ValueError as error:  # a format that matplotlib does not have
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Write accuracy against forwards, mean over tasks, one line per variant. rows: what
+    `bench.py accuracy --json` calls so. Raises `InputError`."""
+    figure = new_figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="forwards", ylabel="accuracy, %")
+    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        for kind, style in (("steps", "o-"), ("threshold", "x--")):
+            line = sorted((r for r in rows if r["variant"] == variant and r["task"] == "mean"
+                           and kind in r["setting"]), key=lambda r: r["forwards"])
+            y = [r["accuracy"] for r in line]
+            errors = [[abs(r[end] - r["accuracy"]) for r in line] for end in ("low", "high")]
+            if line:
+                axes.errorbar([r["forwards"] for r in line], y, yerr=errors, fmt=style,
+                              color=f"C{i}", label=f"{variant}, by {kind}", capsize=2, alpha=0.8)
+    ticks = sorted({int(r["forwards"]) for r in rows if "steps" in r["setting"]})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------ speed
+class Clock:
+    """Medians of repeated runs on one device, in seconds."""
+
+    def __init__(self, device: torch.device, warmup: int, repeat: int):
+        self.device, self.warmup, self.repeat = device, warmup, repeat
+
+    def __call__(self, work: Callable[[], object]) -> dict[str, float]:
+        """{"seconds": median, "low": fastest, "high": slowest, "first": of the first run of all,
+        which compiles where something does}."""
+        times = []
+        for _ in range(1 + self.warmup + self.repeat):
+            self._wait()
+            started = time.perf_counter()
+            work()
+            self._wait()
+            times.append(time.perf_counter() - started)
+        kept = times[1 + self.warmup:]
+        return {"seconds": statistics.median(kept), "low": min(kept), "high": max(kept),
+                "first": times[0]}
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine can do, measured here: (FLOP/s of a square matrix product in dtype, bytes/s
+    of a copy, read and written bytes together)."""
+    big = clock.device.type == "cuda"
+    n = 8192 if big else 1536
+    a = torch.randn(n, n, device=clock.device, dtype=dtype)
+    product = 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
+    source = torch.empty(2 ** (30 if big else 27), dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
+
+
+class Timings:
+    """A table of timings beside `limits`, printed line by line as they are taken; .rows has them
+    as they go into JSON."""
+
+    columns = "what", "ms", "first, ms", "tokens/s", "forwards", "TFLOP/s", "GB/s", "peak GB"
+
+    def __init__(self, clock: Clock, product: float, copy: float):
+        self.clock, self.product, self.copy, self.rows = clock, product, copy, []
+        print(f"| {' | '.join(self.columns)} |\n" + "|---" * len(self.columns) + "|")
+
+    def take(self, what: str, work: Callable[[], object], flops: int = 0, moved: int = 0,
+             tokens: int | None = None, forwards: int | Callable[[], int] = 1) -> dict:
+        """Time `work`, which does so many floating-point operations and moves so many bytes (0 is
+        unknown), and add its row. forwards: a number, or called for it after the work is done."""
+        device = self.clock.device
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        row = {"what": what, **self.clock(work), "flops": flops, "bytes": moved}
+        seconds, rates = row["seconds"], []
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
+        row.update(forwards=forwards() if callable(forwards) else forwards, tokens=tokens,
+                   peak_gb=peak)
+        for name, amount, unit, limit in (("flops", flops, 1e12, self.product),
+                                          ("bytes", moved, 1e9, self.copy)):
+            share = row[f"{name}_share"] = amount and amount / seconds / limit
+            rates.append(f"{amount / seconds / unit:.3g} ({100 * share:.0f}%)" if amount else "")
+        self.rows.append(row)
+        print(f"| {what} | {1e3 * seconds:.3g} ({1e3 * row['low']:.3g}-{1e3 * row['high']:.3g}) | "
+              f"{1e3 * row['first']:.3g} | {f'{tokens / seconds:.4g}' if tokens else ''} | "
+              f"{row['forwards']} | {' | '.join(rates)} | {f'{peak:.1f}' if peak else ''} |",
+              flush=True)
+        return row
+
+    def compare(self, what: str, row: dict, other: dict) -> None:
+        """Print how many times as long as the other a row took."""
+        print(f"| -> {what} | {row['seconds'] / other['seconds']:.3f} x |"
+              + "  |" * (len(self.columns) - 2))

@@ -1,0 +1,2 @@
+"""Programs built on the heart, each run as `python -m studies.NAME`: how the shipped checkpoints
+were made, memory in fast weights, what one forward knows, what training takes."""

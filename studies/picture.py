@@ -1,0 +1,206 @@
+"""Draw one prompt being denoised without and with memory, as a moving picture.
+
+    python -m studies.picture --memory checkpoints/tiny/metastate.safetensors
+    python -m studies.picture --memory FILE --task sums --steps 4 --seed 7 --out out/sums.svg
+
+The same prompt and the same number of steps, side by side: masked positions are light blocks, what
+a step commits is highlighted, what is settled is plain, and at the end stands what the task's own
+check says. Without --seed the prompt is the first held-out one that is solved with the memory only,
+and the caption says so. The picture is an SVG that moves by CSS alone, for a light and a dark page;
+where nothing moves it shows the end.
+"""
+from __future__ import annotations
+
+import random
+import sys
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import torch
+
+from lib.cli import InputError, Parser, command, count, one_of, seed
+from lib.files import write_text
+from lib.hub import stated
+from lib.live import NEWLINE, answer_text, printable
+from lib.options import add_model_options
+from lib.tokenizer import Tokenizer, needed
+from metastate import MetaState
+from model import Backbone, load
+from sample import Sample, generate
+from tasks import TASKS, Task, draw, find_task
+
+SEEDS = 200              # prompts to choose from
+SECOND, REST = 0.9, 4.0  # that a step is shown, and the end
+CELL, ROW, MARGIN = 16, 24, 20  # pixels: a position's width, a line's height, around everything
+END = "\u00b7"           # how EOS looks
+VERDICTS = {True: ("right", -5, "l4 5l8 -11"), False: ("wrong", -9, "l9 9m0 -9l-9 9")}  # drawn
+STYLE = """
+  text { font: 15px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre }
+  .quiet { font-size: 12.5px } .bold { font-weight: bold } .token, .bold { text-anchor: middle }
+  .mask, .fresh, .bold, .soon { opacity: 0 }
+  * { animation-timing-function: step-end; animation-iteration-count: infinite }
+  @media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+"""
+COLOURS = {  # selector and property -> on a light page, on a dark one
+    ".page { fill": ("#ffffff", "#0d1117"), ".page { stroke": ("#d0d7de", "#3d444d"),
+    "text { fill": ("#1f2328", "#f0f6fc"), ".quiet { fill": ("#59636e", "#9198a1"),
+    ".mask { fill": ("#d5dbe2", "#353c46"), ".fresh { fill": ("#ffd33d", "#d29922"),
+    ".bold { fill": ("#1f2328", "#0d1117"), "text.right { fill": ("#1a7f37", "#3fb950"),
+    "text.wrong { fill": ("#cf222e", "#f85149"), "path { fill": ("none", "none"),
+    "path.right { stroke": ("#1a7f37", "#3fb950"), "path.wrong { stroke": ("#cf222e", "#f85149")}
+
+
+class Denoising(NamedTuple):
+    """One prompt denoised: a token's text, and the forward that committed it, by position."""
+
+    title: str
+    tokens: list[str]
+    steps: list[int]
+    forwards: int
+    right: bool          # by the task's check
+
+
+def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, task: Task, prompt: str,
+              length: int, steps: int, memory: MetaState | None) -> Denoising:
+    """Denoise a prompt, one block of `length` positions in so many steps, and note what happens."""
+    c, device = backbone.config, backbone.embedding.weight.device
+    ids, committed = torch.tensor([tokenizer.encode(prompt)], device=device), [0] * length
+
+    def note(step: Sample) -> None:
+        for i in step.fresh[0, ids.shape[1]:].nonzero()[:, 0].tolist():
+            committed[i] = step.forwards
+
+    sample = generate(backbone, ids, memory=memory, gen_length=length, block_length=length,
+                      steps=steps, on_step=note)
+    answer = sample.ids[0, ids.shape[1]:]
+    texts = [END if i == c.eos_id else tokenizer.decode([i]) for i in answer.tolist()]
+    right = task.check(prompt, answer_text(answer, tokenizer, c.mask_id, c.eos_id))
+    return Denoising(title, texts, committed, sample.forwards, right)
+
+
+def both(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompt: str, length: int,
+         steps: int, memory: MetaState) -> list[Denoising]:
+    """A prompt denoised without and with the memory."""
+    return [denoising(title, backbone, tokenizer, task, prompt, length, steps, used)
+            for title, used in (("without memory", None), ("with memory", memory))]
+
+
+# ------------------------------------------------------------------ the picture
+class Picture:
+    """The elements of the picture, and the frames in which they show. Frame 0 is all masks, frame k
+    what forward k left; in the last of `total` nothing is fresh and the verdict stands."""
+
+    def __init__(self, total: int):
+        self.total, self.elements, self.spans = total, [], set()
+
+    def add(self, tag: str, kind: str, text: str = "", frames: range | None = None,
+            **attributes) -> None:
+        """An element of a class, shown in some frames only or in all."""
+        if frames is not None:
+            self.spans.add((frames.start, frames.stop))
+            attributes["style"] = f"animation-name: from{frames.start}to{frames.stop}"
+        values = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+        self.elements.append(f'<{tag} class="{kind}"{values}>{escape(printable(text))}</{tag}>')
+
+    def style(self) -> str:
+        """The CSS: colours, and for each span of frames an animation that is opaque in those. A
+        frame takes a SECOND, the last one REST."""
+        seconds, rules = (self.total - 1) * SECOND + REST, STYLE
+        light, dark = (" ".join(f"{what}: {colours[i]} }}" for what, colours in COLOURS.items())
+                       for i in (0, 1))
+        rules += f"  {light}\n  @media (prefers-color-scheme: dark) {{ {dark} }}\n"
+        rules += f"  * {{ animation-duration: {seconds:g}s }}\n"
+        for first, after in sorted(self.spans):
+            stops = {0: 0, 100 * first * SECOND / seconds: 1}
+            if after < self.total:
+                stops[100 * after * SECOND / seconds] = 0
+            rules += f"  @keyframes from{first}to{after} {{ " + " ".join(
+                f"{at:.4g}% {{ opacity: {opacity} }}" for at, opacity in stops.items()) + " }\n"
+        return rules
+
+    def panel(self, what: Denoising, x: int, y: int, width: int) -> int:
+        """One denoising from (x, y) on, `width` pixels wide: its title, its positions in lines,
+        the forwards so far, and the verdict. Returns the y of its last line."""
+        self.elements.append(f'<g id="{what.title.replace(" ", "-")}">')
+        self.add("text", "title", what.title, x=x, y=y)
+        cell = max(CELL, 9 * max(map(len, what.tokens)) + 7)  # room for the widest token
+        a_line = width // cell
+        for i, (token, step) in enumerate(zip(what.tokens, what.steps)):
+            left, top = x + cell * (i % a_line), y + 12 + ROW * (i // a_line)
+            box = dict(x=left + 1, y=top, width=cell - 2, height=ROW - 4, rx=3)
+            text = dict(text=token.replace("\n", NEWLINE), x=left + cell / 2, y=top + 15)
+            self.add("rect", "mask", frames=range(0, step), **box)
+            self.add("rect", "fresh", frames=range(step, step + 1), **box)
+            self.add("text", "bold", frames=range(step, step + 1), **text)
+            self.add("text", "token", frames=range(step + 1, self.total), **text)
+        y += 12 + ROW * -(-len(what.tokens) // a_line) + 18
+        for k in range(what.forwards + 1):
+            end = k == what.forwards
+            self.add("text", "quiet" if end else "quiet soon", f"{k} of {what.forwards} forwards",
+                     range(k, self.total if end else k + 1), x=x, y=y)
+        word, rise, line = VERDICTS[what.right]
+        finally_ = range(self.total - 1, self.total)
+        self.add("path", word, frames=finally_, d=f"M{x + 134} {y + rise}{line}", stroke_width=2.5)
+        self.add("text", word, word, finally_, x=x + 152, y=y)
+        self.elements.append("</g>")
+        return y
+
+
+def picture(prompt: str, caption: str, panels: list[Denoising], width: int = 24 * CELL) -> str:
+    """The SVG of a prompt and what became of it, side by side, each `width` pixels wide."""
+    drawing = Picture(max(what.forwards for what in panels) + 2)
+    w, y = len(panels) * (width + MARGIN) + MARGIN, MARGIN + 14
+    characters = (w - 2 * MARGIN) // 9 - 1
+    for line in prompt.rstrip("\n").split("\n"):
+        for i in range(0, max(1, len(line)), characters):
+            drawing.add("text", "prompt", line[i:i + characters], x=MARGIN, y=y)
+            y += 20
+    y = max(drawing.panel(what, MARGIN + i * (width + MARGIN), y + 16, width)
+            for i, what in enumerate(panels)) + 34
+    drawing.add("text", "quiet", caption, x=MARGIN, y=y)
+    h = y + MARGIN
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" '
+            f'height="{h}" role="img">\n<title>{escape(printable(caption))}</title>\n'
+            f'<style>{drawing.style()}</style>\n'
+            f'<rect class="page" x="0.5" y="0.5" width="{w - 1}" height="{h - 1}" rx="8"/>\n'
+            + "\n".join(drawing.elements) + "\n</svg>\n")
+
+
+# ------------------------------------------------------------------ command line
+def parser() -> Parser:
+    """What the command line takes."""
+    p = Parser(description=__doc__)
+    add_model_options(p, compiled=False)
+    p.add_argument("--memory", metavar="FILE", required=True, help="a MetaState memory trained for "
+                   "it")
+    p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
+    p.add_argument("--steps", type=count, default=6, help="denoising steps")
+    p.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that is "
+                   "solved with the memory only)")
+    p.add_argument("--out", default="docs/denoising.svg")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Write the picture that the command line asks for."""
+    args = parser().parse_args(argv)
+    backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
+    tokenizer, length = needed(tokenizer, args.ckpt), stated(args.ckpt).length
+    memory = MetaState.load(args.memory, backbone)
+    for chosen in range(SEEDS) if args.seed is None else [args.seed]:
+        prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
+        panels = both(backbone, tokenizer, find_task(args.task), prompt, length, args.steps, memory)
+        if args.seed is not None or [what.right for what in panels] == [False, True]:
+            break
+    else:
+        raise InputError(f"none of {SEEDS} prompts of {args.task} is solved with the memory only: "
+                         "pass --seed, --task or --steps")
+    caption = f"{args.task}, seed {chosen}: a held-out prompt" + (
+        ", chosen to show this, the first solved with the memory only" * (args.seed is None))
+    write_text(args.out, picture(prompt, caption, panels))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""How checkpoints/tiny and checkpoints/haystack were made: a tokenizer, a LLaDA of 0.4 M parameters
+and its pretraining on tasks.
+
+    python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
+    python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
+    python -m studies.pretrain show chain                     # held-out prompts with their answers
+    python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
+
+A run that was killed goes on where it stood. torchrun shares the work: one process per task, at
+most.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, trainers
+
+from lib.cli import Parser, command, count, device_of, number, one_of, seed
+from lib.data import Batch, move, task_batch
+from lib.files import write_atomic, write_text
+from lib.published import config_fields
+from lib.run import local_device, processes
+from model import Backbone, Config, Tokenizer, load, rotate, save
+from tasks import TASKS, Task, draw
+from tasks.haystack import KINDS, Haystack
+from tasks.puzzles import Chain, Follow, Sums
+from train import fit
+
+# ------------------------------------------------------------------ what is learned
+PUZZLES = ("sudoku", "chain", "follow", "sums")  # the tasks of checkpoints/tiny
+HAYSTACK_TASKS = tuple(f"{kind}-64" for kind in KINDS)  # those that checkpoints/haystack states
+GEN_LENGTH = 24  # the longest answer has 23 tokens; what is left over is EOS
+# Easier examples at first: what looks things up is learned there, and much sooner than from the
+# full size alone. Their share falls from all to none over the first CURRICULUM updates.
+CURRICULUM = 5000
+EASIER = {"chain": [Chain(size) for size in range(2, 6)],
+          "follow": [Follow(size) for size in range(2, 8)]}
+# What a task is in the first STAGE updates: small steps, as in chain. With large ones among them
+# from the start (the share falling as above) chain was not learned in 12,000 updates.
+STAGE = 8000
+FIRST = {"sums": Sums(most=3)}
+SHORT = (32, 40, 48)  # tokens of the haystacks that checkpoints/haystack is pretrained on
+
+
+def puzzle(name: str, step: int, rng: random.Random) -> Task:
+    """What a micro-batch of update `step` draws for one of the puzzles."""
+    task = FIRST[name] if step < STAGE and name in FIRST else TASKS[name]
+    if name in EASIER and rng.random() > step / CURRICULUM:
+        task = rng.choice(EASIER[name])
+    return task
+
+
+def short_haystack(name: str, step: int, rng: random.Random) -> Task:
+    """What a micro-batch draws for a kind of haystack; "text" is any of them."""
+    kind = rng.choice(list(KINDS)) if name == "text" else name
+    return Haystack(rng.choice(SHORT), *KINDS[kind])
+
+
+# ------------------------------------------------------------------ the tiny model
+CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequences of some 70
+    # tokens better than 10000: sudoku was learned in about half as many updates with 100
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "block_type": "llama",
+    "d_model": 96, "n_layers": 3, "n_heads": 6, "n_kv_heads": 6, "mlp_hidden_size": 256,
+    "activation_type": "silu", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True,
+    "rope_theta": 300.0, "rope_full_precision": True, "max_sequence_length": 256,
+    "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
+    "torch_dtype": "float32"}
+LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
+OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
+SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
+
+
+def build_tokenizer() -> Tokenizer:
+    """A byte-level BPE in which the puzzles' names are one token each and everything else is one
+    byte: any text can be encoded, and every digit is a token of its own."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"[a-z]{3,}|[\s\S]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator([f"{name} {name}" for name in PUZZLES], trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=2, show_progress=False,  # 275 is where the merges end
+        special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return Tokenizer(core)
+
+
+def build_config(tokenizer: Tokenizer, **changes) -> dict:
+    """The tiny model's config.json, with `changes`."""
+    _, eos, mask = (tokenizer.vocab[s] for s in SPECIAL)
+    return {**CONFIG, **changes, "vocab_size": len(tokenizer.vocab), "mask_token_id": mask,
+            "eos_token_id": eos, "pad_token_id": eos}
+
+
+def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path,
+                 tasks: Iterable[str] = PUZZLES, **changes) -> None:
+    """The whole checkpoint: config.json (with `changes`), generation_config.json, which names the
+    `tasks` it was trained on, tokenizer.json and weights."""
+    stated = {"bos_token_id": tokenizer.vocab[SPECIAL[0]], "eos_token_id": backbone.config.eos_id,
+              "max_new_tokens": GEN_LENGTH, "tasks": list(tasks)}
+    for name, fields in (("config.json", build_config(tokenizer, **changes)),
+                         ("generation_config.json", stated)):
+        write_text(folder / name, json.dumps(fields, indent=2) + "\n")
+    write_atomic(folder / "tokenizer.json", lambda p: tokenizer.core.save(str(p)))
+    save(backbone, folder / "model.safetensors")
+
+
+def look_nearby(backbone: Backbone, offsets: Sequence[int], sharpness: float = 20.0) -> None:
+    """Start the first layer's head i as one that attends to the token `offsets[i]` positions away,
+    whatever stands there; heads left over start as usual. Needs q/k/v biases.
+
+    The bias c of the keys is turned by RoPE to R(n) c at position n, so with R(offset) c as the
+    bias of the queries, R(m + offset) c at position m, the score is a sum of cosines of
+    n - m - offset times RoPE's frequencies. c has `sharpness` of squared length at each of the
+    five highest, and the heads' weights start at a tenth: the bias decides.
+
+    Ours. Without it, look-ups (find the token behind another "a") are hardly learned at this size:
+    the second layer has nothing to match before the first has found such heads by itself."""
+    c = backbone.config
+    d, hd = c.dim, c.head_dim
+    amplitude = torch.zeros(hd // 2)
+    amplitude[:5] = (sharpness / 2) ** 0.5
+    key = amplitude.repeat(2)
+    weight, bias = backbone.blocks[0].qkv.weight.data, backbone.blocks[0].qkv.bias.data
+    for i, offset in enumerate(offsets):
+        angle = offset * c.rope_theta ** (-torch.arange(0, hd, 2) / hd)
+        q, k = slice(i * hd, (i + 1) * hd), slice(d + i * hd, d + (i + 1) * hd)
+        bias[k] = key
+        bias[q] = rotate(key.view(1, 1, 1, hd), angle.cos()[None], angle.sin()[None]).view(hd)
+        weight[q] *= 0.1
+        weight[k] *= 0.1
+
+
+# ------------------------------------------------------------------ pretraining
+def trapezoids(step: int, steps: int, warmup: int, stage: int = 0) -> float:
+    """Share of the peak learning rate: linear warm-up, flat, then linear to 0 over the last tenth,
+    once for the first `stage` updates and once for what follows. Until a tenth begins a run does
+    not depend on its length: it can be made longer or shorter."""
+    step, steps = (step, stage) if step < stage else (step - stage, steps - stage)
+    return min((step + 1) / warmup, 1.0, (steps - step) / (0.1 * steps))
+
+
+def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
+               pad_mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+    """LLaDA's own fine-tuning loss: t uniform, every answer token masked with probability
+    p = (1 - 1e-3) t + 1e-3, cross-entropy over the masked ones weighted 1 / p and divided by the
+    answer's length. EOS counts as answer; prompts (B, P) are never masked; answers (B, G);
+    pad_mask (B, P) True where padded.
+
+    Ours: the t of a batch are one uniform number plus a regular grid, modulo 1, which has the same
+    distribution for each row and less variance for their mean."""
+    B, G = answers.shape
+    t = (torch.arange(B) / B + torch.rand(1, generator=generator)) % 1                   # (B,)
+    p = ((1 - 1e-3) * t + 1e-3)[:, None].expand(B, G)                                    # (B, G)
+    masked = torch.rand(B, G, generator=generator) < p
+    p, masked = p.to(answers.device), masked.to(answers.device)
+    noisy = answers.masked_fill(masked, backbone.config.mask_id)
+    pads = None if pad_mask is None else F.pad(pad_mask, (0, G))
+    h = backbone.hidden(backbone.embed(torch.cat([prompts, noisy], 1)), pads)[:, prompts.shape[1]:]
+    loss = F.cross_entropy(backbone.logits(h[masked]), answers[masked], reduction="none")
+    return (loss / p[masked]).sum() / (B * G)
+
+
+def examples(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, held_out: bool,
+             eos_id: int, length: int = GEN_LENGTH) -> Batch:
+    """`size` examples of one side of a task's split, as `lib.data.task_batch` gives them."""
+    pairs = [draw(task, rng, held_out) for _ in range(size)]
+    return task_batch(pairs, tokenizer, eos_id, length)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train the tiny model from nothing, or the one for haystacks from the tiny one, which can look
+    things up (from nothing that was not learned in 3,000 updates), and write it to `args.out`."""
+    hay, device = args.command == "haystack", device_of(local_device(args.device))
+    tokenizer, changes = build_tokenizer(), LONGER if hay else {}
+    config = Config(**config_fields(build_config(tokenizer, **changes)))
+    backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
+    if hay:
+        backbone.load_state_dict(load("tiny", "cpu", torch.float32)[0].state_dict())
+    else:
+        look_nearby(backbone, OFFSETS)
+    backbone.to(device)
+    asked = {k: Haystack(SHORT[-1], *KINDS[k]) for k in KINDS} if hay else {
+        name: TASKS[name] for name in PUZZLES}
+    names = [*asked, "text"] if hay else [*asked]
+
+    def loss_fn(step: int, micro: int):  # one task per micro-batch: no padding
+        name, generator = names[micro], torch.Generator()
+        rng = random.Random(f"{args.seed} {step} {micro}")
+        generator.manual_seed(rng.getrandbits(60))
+        task = (short_haystack if hay else puzzle)(name, step, rng)
+        # a quarter of the steps has a longer tail of EOS, so that other lengths work too
+        length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
+        # the others learn sooner
+        size = args.batch_size if name in EASIER else max(1, args.batch_size // 2)
+        data = examples(task, tokenizer, rng, size, False, config.eos_id, length)
+        if name == "text":  # masks anywhere, as in LLaDA's own pretraining: nothing but answer
+            text = torch.cat(data[:2], 1)
+            data = text[:, :0], text, None
+        loss = llada_loss(backbone, *move(data, device), generator)
+        # our choice: most of a text is filler, which nobody can guess
+        return loss * (0.1 if name == "text" else 1), {name: loss.item()}
+
+    @torch.no_grad()
+    def evaluate(step: int) -> dict[str, float]:
+        figures = {}
+        for name, task in asked.items():
+            data = examples(task, tokenizer, random.Random(0), 256, True, config.eos_id)
+            generator = torch.Generator().manual_seed(0)
+            loss = llada_loss(backbone, *move(data, device), generator)
+            figures[f"held_out_{name}"] = loss.item()
+        return figures
+
+    out = Path(args.out)
+    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
+        lr=args.lr, schedule=partial(trapezoids, stage=0 if hay else STAGE), warmup=200, clip=0.25,
+        micros=len(names), evaluate=evaluate,
+        settings={k: getattr(args, k) for k in ("command", "batch_size", "lr", "seed")})
+    if processes()[0] == 0:
+        write_folder(backbone, tokenizer, out, HAYSTACK_TASKS if hay else PUZZLES, **changes)
+        print(f"wrote {out}, {config.parameters:,} parameters")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print held-out prompts with a right answer each."""
+    rng = random.Random(args.seed)
+    for _ in range(args.number):
+        prompt, answer = draw(args.task, rng, held_out=True)
+        print(prompt + answer + "\n")
+
+
+# ------------------------------------------------------------------ command line
+def parser() -> Parser:
+    """What the command line takes."""
+    p = Parser(description=__doc__)
+    commands = p.add_subparsers(dest="command", required=True, metavar="tiny | haystack | show")
+    for name, steps, what in (
+            ("tiny", 10_500, f"four puzzles; easier sums in the first {STAGE} updates"),
+            ("haystack", 2000, "short haystacks, from checkpoints/tiny on")):
+        q = commands.add_parser(name, help=what)
+        q.set_defaults(run=pretrain)
+        q.add_argument("--out", required=True, help="folder of the checkpoint it writes; resumes "
+                       "if killed")
+        q.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
+        q.add_argument("--batch-size", type=count, default=32, help="examples per micro-batch, of "
+                       "chain and follow; of the others half as many (default: 32)")
+        q.add_argument("--lr", type=number(0, open_low=True), default=6e-4, help="peak of AdamW")
+        q.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")
+        q.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    q = commands.add_parser("show", help="print held-out examples")
+    q.set_defaults(run=show)
+    q.add_argument("task", type=one_of(TASKS, "task"), metavar="TASK", help=", ".join(TASKS))
+    q.add_argument("--number", type=count, default=3, help="how many (default: 3)")
+    q.add_argument("--seed", type=seed, default=0, help="picks them")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Pretrain or show, as the command line says."""
+    args = parser().parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

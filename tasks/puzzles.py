@@ -1,0 +1,138 @@
+"""Four puzzles in text, each a class with `make(rng) -> (prompt, answer)` and
+`check(prompt, text) -> bool`, which judges by the puzzle's rules and never by comparing strings."""
+from __future__ import annotations
+
+import itertools
+
+
+class Sudoku:
+    """4x4 sudoku: rows, columns and 2x2 boxes hold 1 to 4 once each. Puzzles have one solution
+    and 4 to 7 givens; the split is by solution grid, so held-out grids were never seen."""
+
+    def __init__(self):
+        rows = list(itertools.permutations("1234"))
+        self.grids = [a + b + c + d for a in rows for b in rows if self._fits(a, b, box=True)
+                      for c in rows if self._fits(a, c) and self._fits(b, c)
+                      for d in rows if self._fits(a, d) and self._fits(b, d)
+                      and self._fits(c, d, box=True)]            # all 288
+        # having[i][c]: the grids that have character c in cell i, as the bits of one integer
+        self.having = [{c: sum(1 << k for k, g in enumerate(self.grids) if g[i] == c)
+                        for c in "1234"} for i in range(16)]
+
+    @staticmethod
+    def _fits(upper, lower, box=False) -> bool:
+        if any(a == b for a, b in zip(upper, lower)):
+            return False
+        return not box or (not set(upper[:2]) & set(lower[:2]))
+
+    def make(self, rng):
+        grid, givens, target = rng.choice(self.grids), set(range(16)), rng.randint(4, 7)
+        for cell in rng.sample(range(16), 16):
+            fitting = -1                                         # all bits: every grid
+            for i in givens - {cell}:
+                fitting &= self.having[i][grid[i]]
+            if fitting.bit_count() == 1 and len(givens) > target:
+                givens.discard(cell)
+        puzzle = "".join(grid[i] if i in givens else "." for i in range(16))
+        return "sudoku\n" + self._lines(puzzle) + "\n", self._lines("".join(grid))
+
+    @staticmethod
+    def _lines(cells: str) -> str:
+        return "\n".join(cells[i:i + 4] for i in range(0, 16, 4))
+
+    def check(self, prompt, text):
+        cells = "".join(text.split())
+        givens = "".join(prompt.removeprefix("sudoku").split())
+        return tuple(cells) in self.grids and all(g in (".", c) for g, c in zip(givens, cells))
+
+    def split_key(self, prompt, answer):
+        return answer
+
+
+class Chain:
+    """Six variables, each the one before plus 1 to 3, modulo 10; the assignments come in shuffled
+    order. The answer gives every variable's value, in the order in which they can be worked out."""
+
+    names = "abcdef"
+
+    def __init__(self, size: int = 6):
+        self.size = size
+
+    def make(self, rng):
+        order, value = rng.sample(self.names, self.size), rng.randrange(10)
+        lines, answer = [f"{order[0]}={value}"], [f"{order[0]}={value}"]
+        for before, name in zip(order, order[1:]):
+            step = rng.randint(1, 3)
+            value = (value + step) % 10
+            lines.append(f"{name}={before}+{step}")
+            answer.append(f"{name}={value}")
+        rng.shuffle(lines)
+        return "chain\n" + "\n".join(lines) + "\n", " ".join(answer)
+
+    def check(self, prompt, text):
+        lines = dict(line.split("=") for line in prompt.split()[1:])
+        value = {}
+        while len(value) < len(lines):
+            for name, right in lines.items():
+                if right.isdigit():
+                    value[name] = int(right)
+                elif right[0] in value and name not in value:
+                    value[name] = (value[right[0]] + int(right[1:])) % 10
+        return text.split() == [f"{name}={v}" for name, v in value.items()]
+
+    def split_key(self, prompt, answer):
+        return prompt
+
+
+class Follow:
+    """A permutation of eight letters as pairs "from>to", and a letter to start at. The answer is
+    the path of eight letters that begins there; where a cycle closes, it goes round again."""
+
+    names = "abcdefgh"
+
+    def __init__(self, size: int = 8):
+        self.size = size
+
+    def make(self, rng):
+        names = rng.sample(self.names, self.size)
+        target = dict(zip(names, rng.sample(names, self.size)))
+        start = rng.choice(names)
+        pairs = [f"{a}>{b}" for a, b in target.items()]
+        rng.shuffle(pairs)
+        return f"follow {start}\n" + " ".join(pairs) + "\n", self._path(target, start)
+
+    def _path(self, target: dict[str, str], start: str) -> str:
+        path = [start]
+        while len(path) < len(target):
+            path.append(target[path[-1]])
+        return ">".join(path)
+
+    def check(self, prompt, text):
+        _, start, *pairs = prompt.split()
+        return "".join(text.split()) == self._path(dict(p.split(">") for p in pairs), start)
+
+    def split_key(self, prompt, answer):
+        return prompt
+
+
+class Sums:
+    """Twelve digits, from the second on 1 to `most`; the answer has their running total modulo
+    10."""
+
+    def __init__(self, most: int = 9):
+        self.most = most
+
+    def make(self, rng):
+        numbers = [rng.randrange(10), *(rng.randint(1, self.most) for _ in range(11))]
+        return f"sums\n{self._row(numbers)}\n", self._row(itertools.accumulate(numbers))
+
+    @staticmethod
+    def _row(numbers) -> str:
+        return " ".join(str(number % 10) for number in numbers)
+
+    def check(self, prompt, text):
+        numbers = map(int, prompt.split()[1:])
+        return text.split() == self._row(itertools.accumulate(numbers)).split()
+
+    def split_key(self, prompt, answer):
+        return prompt

@@ -1,0 +1,382 @@
+"""Prompts and training examples: what is read from files and tasks, and the batches that are made
+of it, which depend on the step alone."""
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import pytest
+import torch
+from conftest import EOS_ID, byte_tokenizer
+
+from lib.cli import InputError
+from lib.data import (choose_data, file_batches, left_pad, move, read_examples, read_prompts,
+                      task_batch, task_batches, tulu)
+from lib.tokenizer import Tokenizer
+from model import load
+from tasks import TASKS, draw, is_held_out
+
+
+def test_left_pad_puts_the_padding_in_front():
+    """The batch that the command line builds: (B, P) ids and True where padded."""
+    ids, pad = left_pad([[1, 2, 3], [4]], 9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert pad.tolist() == [[False] * 3, [True, True, False]]
+
+
+def test_move_leaves_none_alone():
+    """A batch without padding has no mask, on any device."""
+    assert move((torch.ones(1), None), "meta")[1] is None
+    assert move((torch.ones(1), None), "meta")[0].device.type == "meta"
+
+
+# ------------------------------------------------------------------ what the tests read
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    """Byte-level tokenizers with the chat markers of either family."""
+    markers = {"dream": "<|im_start|> <|im_end|>",
+               "llada": "<|startoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|>"}
+    return {name: Tokenizer(byte_tokenizer({m: 256 + i for i, m in enumerate(found.split())}, 256))
+            for name, found in markers.items()}
+
+
+def jsonl(path: Path, *lines: dict | str) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                            for line in lines), encoding="utf-8")
+    return path
+
+
+USER = {"role": "user", "content": "Hi?"}
+ASSISTANT = {"role": "assistant", "content": "Yes\u2028é."}
+
+
+# ------------------------------------------------------------------ prompts
+def test_a_line_ends_at_a_newline_only(tokenizers, tmp_path):
+    """JSON may hold U+2028, U+0085 or a form feed as they are; they neither cut a line in two nor
+    shift the numbers of later ones."""
+    prompt = "a\u2028b\u0085c\u2029d"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer = tokenizers["llada"]
+    found = read_prompts(str(file), tokenizer, True, 100)
+    assert found == [(prompt, tokenizer.encode(prompt))]
+    file.write_text("one\u2028line\x0cof text\r\n{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:2:"):
+        read_prompts(str(file), tokenizer, True, 100)
+
+
+def test_what_a_line_of_prompts_may_be(tokenizers, tmp_path):
+    """A text, JSON with a prompt, or messages, whatever their chat format; blank lines are skipped,
+    and a byte order mark is none of the text."""
+    messages = [{"role": "user", "content": "x"}]
+    file = tmp_path / "prompts.txt"
+    file.write_text('\ufeffh\u00e9llo\n\n{"prompt": "two"}\n' + json.dumps({"messages": messages}),
+                    encoding="utf-8")
+    for tokenizer in tokenizers.values():
+        found = read_prompts(str(file), tokenizer, False, 500)
+        assert [prompt for prompt, _ in found] == ["h\u00e9llo", "two", messages]
+        assert [ids for _, ids in found] == [tokenizer.prompt(prompt) for prompt, _ in found]
+        assert read_prompts(str(file), tokenizer, True, 500)[0][1] == tokenizer.encode("h\u00e9llo")
+
+
+def test_a_prompt_without_room_names_its_line(tokenizers, tmp_path):
+    """One token less would do."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("fine\n" + "x" * 9)
+    assert len(read_prompts(str(file), tokenizers["llada"], True, 9)) == 2
+    with pytest.raises(InputError, match=rf"{file}:2: 9 tokens, and only 8"):
+        read_prompts(str(file), tokenizers["llada"], True, 8)
+
+
+# ------------------------------------------------------------------ data files
+def test_both_forms_of_a_line(family, tokenizers, tmp_path):
+    """`prompt` and `response` are a user's message and its answer; `messages` may hold more turns.
+    The prompt is the chat format, the answer ends with its marker and EOS, blank lines count for
+    nothing."""
+    tokenizer = tokenizers[family]
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "Hi?", "response": "Yes\u2028é."}, "",
+                 {"messages": [USER, ASSISTANT]}, "  ",
+                 json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, ensure_ascii=False))
+    short, same, long = read_examples(path, tokenizer, EOS_ID, 500)
+    assert short == same == (tokenizer.chat([USER]), short[1])
+    assert long == (tokenizer.chat([USER, ASSISTANT, USER]), short[1])
+    *answer, eos = short[1]
+    ending = {"llada": "<|eot_id|>", "dream": "<|im_end|>"}[family]
+    assert tokenizer.decode(answer) == "Yes\u2028é." + ending and eos == EOS_ID
+
+
+@pytest.mark.parametrize("line", [
+    "{", "nonsense", "[1]", "3", "null", {}, {"prompt": "Hi?"}, {"prompt": "Hi?", "response": None},
+    {"prompt": "Hi?", "response": ""}, {"prompt": "Hi?", "response": 3}, {"response": "Yes."},
+    {"prompt": None, "response": "Yes."}, {"prompt": 3, "response": "Yes."}, {"messages": []},
+    {"messages": [ASSISTANT]}, {"messages": [USER]}, {"messages": [USER, USER]},
+    {"messages": "Hi?"}, {"messages": [USER, {"role": "assistant"}]}, {"messages": [3, ASSISTANT]},
+    {"messages": [{"role": 3, "content": "Hi?"}, ASSISTANT]}, {"messages": [USER, "Yes."]}],
+    ids=str)
+def test_lines_that_are_no_example(tokenizers, tmp_path, line):
+    """The file and the line are named."""
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "a", "response": "b"}, "", line)
+    with pytest.raises(InputError) as caught:
+        read_examples(path, tokenizers["llada"], EOS_ID, 500)
+    assert f"{path}:3" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n"])
+def test_files_without_examples(tokenizers, tmp_path, content):
+    """A file that is absent or empty is named."""
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match="x.jsonl"):
+        read_examples(path, tokenizers["llada"], EOS_ID, 500)
+
+
+def test_examples_that_are_too_long(tokenizers, tmp_path, capsys):
+    """Answers are cut at the length; a prompt that leaves less than 8 positions drops its example,
+    which is said; a file of nothing else is refused."""
+    tokenizer = tokenizers["llada"]
+    n = len(tokenizer.chat([USER]))
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "Hi?", "response": "x" * 50},
+                 {"prompt": "Hi?!", "response": "y" * 50}, {"prompt": "Hi?", "response": "z"})
+    first, last = read_examples(path, tokenizer, EOS_ID, n + 8)
+    assert [len(p + a) for p, a in (first, last)] == [n + 8, n + 3]
+    assert tokenizer.decode(first[1]) == "x" * 8 and last[1][-1] == EOS_ID
+    assert "1 of 3 examples" in capsys.readouterr().err
+    assert len(read_examples(path, tokenizer, EOS_ID, n + 9)) == 3
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="no example that fits into 20 tokens"):
+        read_examples(path, tokenizer, EOS_ID, 20)
+
+
+def numbered(count: int) -> list[tuple[list[int], list[int]]]:
+    """Examples of different lengths that can be told apart by any of their tokens."""
+    return [([i] * (1 + i % 3), [i] * (2 + i % 5)) for i in range(count)]
+
+
+def drawn(draw: Callable, steps, micros: int, held_out: bool = False) -> list[int]:
+    """Which examples the batches of the steps hold, in order."""
+    return [int(row[0]) for step in steps for micro in range(micros)
+            for row in draw(step, micro, held_out)[0]]
+
+
+def test_batches_are_padded_on_the_right():
+    """Prompt, answer, then pads; a batch without padding has no mask, and each is as wide as its
+    longest row."""
+    pairs = {p[0]: (p, a) for p, a in numbered(40)}
+    draw, masks = file_batches(numbered(40), 99, 3, 1, seed=0), []
+    for step in range(10):
+        ids, answer, pad = draw(step, 0)
+        for i, row in enumerate(ids):
+            prompt, reply = pairs[int(row[0])]
+            rest = ids.shape[1] - len(prompt) - len(reply)
+            assert row.tolist() == prompt + reply + [99] * rest
+            kinds = [0] * len(prompt) + [1] * len(reply) + [2] * rest
+            assert answer[i].tolist() == [kind == 1 for kind in kinds]
+            padded = [False] * len(row) if pad is None else pad[i].tolist()
+            assert padded == [kind == 2 for kind in kinds]
+        assert pad is None or not pad.all(0).any()
+        masks.append(pad)
+    assert any(pad is not None for pad in masks)
+    assert file_batches(numbered(1), 99, 2, 1, seed=0)(0, 0)[2] is None
+
+
+@pytest.mark.parametrize("size, micros", [(1, 1), (3, 2), (7, 2), (50, 1)])
+def test_every_example_once_an_epoch(size, micros):
+    """Over the steps each training example comes once before any comes again, in another order each
+    epoch; batches may span two."""
+    draw = file_batches(numbered(40), 99, size, micros, seed=0)
+    kept = 40 - 40 // 8
+    order = drawn(draw, range(-(-3 * kept // (size * micros))), micros)
+    epochs = [order[i * kept:(i + 1) * kept] for i in range(3)]
+    assert all(sorted(epoch) == sorted(epochs[0]) == list(range(5, 40)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_batches_depend_on_step_and_micro_alone():
+    """What a resumed run draws is what the first one drew; another seed draws otherwise."""
+    def orders(seed, steps):
+        draw = file_batches(numbered(40), 99, 4, 2, seed=seed)
+        return {step: drawn(draw, [step], 2) for step in steps}
+
+    straight = orders(0, range(20))
+    jumping = orders(0, [19, 3, 11, 0, 19])
+    assert jumping == {step: straight[step] for step in jumping}
+    assert orders(1, range(20)) != straight
+
+
+@pytest.mark.parametrize("count, kept", [(8, 1), (40, 5), (600, 64)])
+def test_held_out_examples_are_never_trained_on(count, kept):
+    """At most 64 and at most an eighth, disjoint from what is trained on for ever."""
+    draw = file_batches(numbered(count), 9999, 4, 2, seed=0)
+    held = set(drawn(draw, [-1], 20, held_out=True))
+    trained = set(drawn(draw, range(count // 2), 2))
+    assert not held & trained and len(held) == kept and len(trained) == count - kept
+
+
+# ------------------------------------------------------------------ the Tulu-3 mixture
+class Rows(list):
+    """As much of a `datasets.Dataset` as is used."""
+
+    def shuffle(self, seed):
+        return Rows(random.Random(seed).sample(self, len(self)))
+
+    def select(self, indices):
+        return Rows(self[i] for i in indices)
+
+
+def test_the_mixture_needs_datasets(tmp_path, monkeypatch):
+    """Without the optional package: what to install, and the other way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets.*--data"):
+        tulu(0)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_mixture_is_prepared_once(tmp_path, monkeypatch, tokenizers):
+    """Picked by seed, kept as JSONL that read_examples takes, and not asked for again."""
+    calls = []
+    rows = Rows({"messages": [{"role": "user", "content": f"{i}\u00e9"}, ASSISTANT], "id": i}
+                for i in range(20))
+    fake = SimpleNamespace(load_dataset=lambda *a, **k: calls.append((a, k)) or rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    path = tulu(3, number=7)
+    assert calls == [(("allenai/tulu-3-sft-mixture",), {"split": "train"})]
+    kept = [json.loads(line)["messages"] for line in path.read_text().split("\n") if line]
+    assert kept == [row["messages"] for row in rows.shuffle(seed=3)[:7]]
+    assert len(read_examples(path, tokenizers["dream"], EOS_ID, 500)) == 7
+    assert tulu(3, number=7) == path and len(calls) == 1
+    assert tulu(4, number=7) != path and len(calls) == 2
+
+
+# ------------------------------------------------------------------ tasks
+LENGTH = 24  # of the tiny model's answers
+
+
+@pytest.fixture(scope="module")
+def tiny(small_ckpt) -> Tokenizer:
+    """The shipped models' tokenizer."""
+    return load(small_ckpt, "cpu")[1]
+
+
+class Reverse:
+    """A task from outside: make and check, nothing else."""
+
+    def make(self, rng):
+        word = "".join(rng.choice("xyz") for _ in range(10))
+        return f"reverse {word}\n", word[::-1]
+
+    def check(self, prompt, text):
+        return text.strip() == prompt.split()[1][::-1]
+
+
+class Ragged(Reverse):
+    """The same with prompts of different lengths."""
+
+    def make(self, rng):
+        word = "".join(rng.choice("xyz") for _ in range(rng.randint(4, 12)))
+        return f"reverse {word}\n", word[::-1]
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), Reverse()], ids=[*TASKS, "from outside"])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_batches_hold_prompts_and_answers(task, tiny, held_out):
+    """Prompts of one length, answers that fit with EOS behind them, all from the side asked for."""
+    rng = random.Random(3)
+    pairs = [draw(task, rng, held_out) for _ in range(15)]
+    prompts, answers, pad = task_batch(pairs, tiny, 1, LENGTH)
+    assert prompts.shape[0] == 15 and answers.shape == (15, LENGTH) and pad is None
+    for prompt, row, pair in zip(prompts, answers.tolist(), pairs):
+        assert 1 in row  # an end that the model learns to write
+        answer = row[:row.index(1)]
+        assert set(row[len(answer):]) == {1}
+        prompt, answer = tiny.decode(prompt), tiny.decode(answer)
+        assert (prompt, answer) == pair and task.check(prompt, answer)
+        assert is_held_out(task, prompt, answer) == held_out
+
+
+def test_prompts_of_different_lengths_are_padded_in_front(tiny):
+    """Their mask comes with them."""
+    rng = random.Random(0)
+    pairs = [Ragged().make(rng) for _ in range(6)]
+    prompts, answers, pad = task_batch(pairs, tiny, 1, LENGTH)
+    assert pad.any()
+    for prompt, hidden, (text, _) in zip(prompts, pad, pairs):
+        assert tiny.decode(prompt[~hidden]) == text and set(prompt[hidden].tolist()) <= {1}
+
+
+def test_an_answer_that_is_too_long_is_refused(tiny):
+    """Rather than cut: the model could not write it in the positions that it has."""
+    assert task_batch([("a", "x" * 24)], tiny, 1, LENGTH)[1].shape == (1, 24)
+    with pytest.raises(InputError, match="longer than 24 tokens"):
+        task_batch([("a", "b"), ("a", "x" * 25)], tiny, 1, LENGTH)
+
+
+def test_tasks_take_turns(tiny):
+    """One a micro-batch, over the steps; the answer is the last positions; the same for one (step,
+    micro), another for another, another seed, and for what is held out."""
+    names = ["sums", "chain", "follow"]
+    batch = task_batches(draw, tiny, 1, LENGTH, names, 3, 2, seed=0)
+    for step, micro, name in ((0, 0, "sums"), (0, 1, "chain"), (1, 0, "follow"), (1, 1, "sums"),
+                              (4, 1, "sums"), (5, 0, "chain")):
+        for held_out in (False, True):
+            ids, answer, pad = batch(step, micro, held_out)
+            assert pad is None and answer.sum(1).tolist() == [LENGTH] * 3
+            assert answer[:, -LENGTH:].all()
+            for row in ids:
+                prompt = tiny.decode(row[:-LENGTH])
+                reply = tiny.decode(row[-LENGTH:], skip_special=True)
+                assert TASKS[name].check(prompt, reply)
+                assert is_held_out(TASKS[name], prompt, reply) == held_out
+    again = task_batches(draw, tiny, 1, LENGTH, names, 3, 2, seed=0)
+    other = task_batches(draw, tiny, 1, LENGTH, names, 3, 2, seed=1)
+    assert torch.equal(again(4, 1)[0], batch(4, 1)[0])
+    assert not torch.equal(batch(1, 1)[0], batch(4, 1)[0])
+    assert not torch.equal(other(4, 1)[0], batch(4, 1)[0])
+
+
+def test_a_task_from_outside_takes_its_turn(tiny, monkeypatch):
+    """The shipped tokenizer has no token for its name; its prompts are padded all the same, and the
+    mask covers prompt and answer."""
+    monkeypatch.setitem(TASKS, "reverse", Ragged())
+    ids, answer, pad = task_batches(draw, tiny, 1, LENGTH, ["reverse"], 5, 1, seed=0)(0, 0)
+    assert pad.any() and pad.shape == ids.shape == answer.shape and not (pad & answer).any()
+
+
+# ------------------------------------------------------------------ which of them
+def asked(ckpt, **options) -> SimpleNamespace:
+    """What a command line asks for."""
+    return SimpleNamespace(**dict(ckpt=str(ckpt), data=None, batch_size=2, micros=2, seed=0,
+                                  max_length=500) | options)
+
+
+SPECIAL = SimpleNamespace(eos_id=1, pad_id=1, max_len=500)
+
+
+def test_the_tasks_that_the_checkpoint_names_are_its_data(small_ckpt, tiny, tmp_path):
+    """Without --data; with it the file."""
+    batch = choose_data(asked(small_ckpt), tiny, SPECIAL, draw)
+    assert tiny.decode(batch(0, 0)[0][0]).startswith("sudoku\n")
+    file = jsonl(tmp_path / "x.jsonl", *[{"prompt": "Hi?", "response": "Yes."}] * 9)
+    ids, answer, _ = choose_data(asked(small_ckpt, data=str(file)), tiny, SPECIAL, draw)(0, 0)
+    assert tiny.decode(ids[0][answer[0]], skip_special=True) == "Yes."
+
+
+def test_no_data_and_no_datasets(text_ckpt, tiny, tmp_path, monkeypatch):
+    """A checkpoint without tasks, no file, no `datasets`: what to do is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        choose_data(asked(text_ckpt), tiny, SPECIAL, draw)
+
+
+def test_a_checkpoint_that_names_an_unknown_task(ckpt, tiny):
+    """The checkpoint, the task and those there are."""
+    (ckpt / "generation_config.json").write_text('{"tasks": ["sums", "chess"]}')
+    with pytest.raises(InputError, match=f"{ckpt}.*chess.*sudoku"):
+        choose_data(asked(ckpt), tiny, SPECIAL, draw)

@@ -1,0 +1,164 @@
+"""The moving picture of a prompt being denoised: read back frame by frame."""
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lib.live import NEWLINE
+from metastate import MetaState
+from model import load
+from sample import generate
+from studies import picture
+from tasks import TASKS
+
+MEMORY = str(ROOT / "checkpoints" / "tiny" / "metastate.safetensors")
+LENGTH = 24  # of the tiny model's answers
+TITLES = {"without-memory": False, "with-memory": True}  # panel -> whether a memory is used
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The tiny model and its tokenizer."""
+    return load("tiny", "cpu")
+
+
+def drawn(tmp_path, *argv: str) -> ElementTree.Element:
+    """The picture that the command writes, parsed."""
+    out = tmp_path / "picture.svg"
+    assert picture.main(["--memory", MEMORY, "--device", "cpu", "--out", str(out), *argv]) == 0
+    assert out.stat().st_size < 60_000
+    return ElementTree.fromstring(out.read_text(encoding="utf-8"))
+
+
+def parts(root: ElementTree.Element, tag: str, kind: str = "") -> list[ElementTree.Element]:
+    """Elements of a tag and class, in order."""
+    found = root.iter("{http://www.w3.org/2000/svg}" + tag)
+    return [e for e in found if kind in (e.get("class") or "").split() or not kind]
+
+
+def span(element: ElementTree.Element) -> tuple[int, int]:
+    """The frames in which an element shows: from the first to before the second."""
+    first, after = re.fullmatch(r"animation-name: from(\d+)to(\d+)", element.get("style")).groups()
+    return int(first), int(after)
+
+
+def prompt_of(root: ElementTree.Element) -> str:
+    """The prompt that stands above the panels."""
+    return "\n".join(e.text for e in parts(root, "text", "prompt")) + "\n"
+
+
+def trajectory(tiny, prompt: str, steps: int, used: bool) -> list[list[str]]:
+    """What `generate` leaves after each step: a text for each position, "" where masked."""
+    (backbone, tokenizer), frames = tiny, [[""] * LENGTH]
+    c, ids = backbone.config, torch.tensor([tokenizer.encode(prompt)])
+
+    def text(token: int) -> str:
+        if token == c.mask_id:
+            return ""
+        return picture.END if token == c.eos_id else tokenizer.decode([token])
+
+    def note(step):
+        frames.append([text(i) for i in step.ids[0, ids.shape[1]:].tolist()])
+
+    generate(backbone, ids, memory=MetaState.load(MEMORY, backbone) if used else None,
+             gen_length=LENGTH, block_length=LENGTH, steps=steps, on_step=note)
+    return frames
+
+
+@pytest.mark.parametrize("task, steps", [("chain", 6), ("sudoku", 5), ("follow", 8)])
+def test_every_frame_is_what_the_step_left(tiny, tmp_path, task, steps):
+    """In each frame a position shows its mask, or the token that generate has there; it is
+    highlighted in the one frame after the step that committed it; the last frame is the answer,
+    and stands as long as the check's verdict, which is the task's."""
+    root = drawn(tmp_path, "--task", task, "--steps", str(steps), "--seed", "5")
+    prompt = prompt_of(root)
+    for panel in parts(root, "g"):
+        frames = trajectory(tiny, prompt, steps, TITLES[panel.get("id")])
+        assert len(frames) == steps + 1
+        kinds = {kind: parts(panel, tag, kind) for tag, kind in (
+            ("rect", "mask"), ("rect", "fresh"), ("text", "bold"), ("text", "token"))}
+        assert {len(found) for found in kinds.values()} == {LENGTH}
+        for k, frame in enumerate([*frames, frames[-1]]):
+            on = {kind: [span(e)[0] <= k < span(e)[1] for e in found]
+                  for kind, found in kinds.items()}
+            texts = ["".join((e.text or "") * visible for e, visible in (
+                (kinds["bold"][i], on["bold"][i]), (kinds["token"][i], on["token"][i])))
+                for i in range(LENGTH)]
+            assert texts == [token.replace("\n", NEWLINE) for token in frame]
+            assert on["mask"] == [token == "" for token in frame]
+            before = frames[k - 1] if 0 < k <= steps else frame
+            assert on["fresh"] == on["bold"] == [a != b for a, b in zip(before, frame)]
+        answer = "".join(frames[-1]).replace(picture.END, "")
+        word = "right" if TASKS[task].check(prompt, answer) else "wrong"
+        for verdict in parts(panel, "text", word) + parts(panel, "path", word):
+            assert span(verdict) == (steps + 1, steps + 2)
+        assert [e.text for e in parts(panel, "text", word)] == [word]
+        assert not parts(panel, "text", {"right": "wrong", "wrong": "right"}[word])
+
+
+def test_forwards_are_counted_frame_by_frame(tmp_path):
+    """One count at a time, and the last one stays."""
+    root = drawn(tmp_path, "--task", "sums", "--steps", "4", "--seed", "0")
+    for panel in parts(root, "g"):
+        counts = parts(panel, "text", "quiet")
+        assert [e.text for e in counts] == [f"{k} of 4 forwards" for k in range(5)]
+        assert [span(e) for e in counts] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6)]
+        assert ["soon" in e.get("class") for e in counts] == [True] * 4 + [False]
+
+
+def test_the_prompt_is_chosen_and_this_is_said(tmp_path):
+    """Without --seed the frozen model is wrong and the memory right, in the same number of
+    forwards, and the caption says that the prompt was chosen; with --seed it says no such thing."""
+    root = drawn(tmp_path)
+    words = [parts(panel, "text", "right") + parts(panel, "text", "wrong")
+             for panel in parts(root, "g")]
+    assert [panel.get("id") for panel in parts(root, "g")] == list(TITLES)
+    assert [[e.text for e in found] for found in words] == [["wrong"], ["right"]]
+    assert "chosen to show this" in parts(root, "title")[0].text
+    assert "chosen to show this" in parts(root, "text")[-1].text
+    assert "chosen" not in parts(drawn(tmp_path, "--seed", "1"), "title")[0].text
+
+
+def test_it_moves_without_scripts_and_looks_for_nothing_outside(tmp_path):
+    """An animation for every span that an element names, colours for a light and a dark page, the
+    end where motion is not wanted; no script, no font or file from elsewhere."""
+    root = drawn(tmp_path, "--seed", "1")
+    [style] = [e.text for e in parts(root, "style")]
+    named = {"from{}to{}".format(*span(e)) for e in root.iter() if e.get("style")}
+    assert named == set(re.findall(r"@keyframes (\w+)", style))
+    for words in ("prefers-color-scheme: dark", "prefers-reduced-motion: reduce"):
+        assert words in style
+    assert {e.tag.split("}")[1] for e in root.iter()} == {
+        "svg", "title", "style", "rect", "text", "g", "path"}
+    assert "url(" not in style and "@import" not in style and "@font-face" not in style
+
+
+def test_the_picture_in_docs_is_of_this_format():
+    """The shipped picture is read by the same eyes: two panels, one of them wrong, one right."""
+    root = ElementTree.parse(ROOT / "docs" / "denoising.svg").getroot()
+    assert [panel.get("id") for panel in parts(root, "g")] == list(TITLES)
+    assert len(parts(root, "text", "wrong")) == len(parts(root, "text", "right")) == 1
+    assert (ROOT / "docs" / "denoising.svg").stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--memory", "none.safetensors"], "none.safetensors"), ([], "--memory"),
+    (["--memory", MEMORY, "--task", "chess"], "chess"),
+    (["--memory", MEMORY, "--steps", "0"], "--steps")], ids=str)
+def test_arguments_that_make_no_sense(argv, word, capsys):
+    """One line and exit code 2."""
+    assert picture.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_where_no_prompt_shows_it(tmp_path, monkeypatch, capsys):
+    """With a step for every token both are right: the line says what to change."""
+    monkeypatch.setattr(picture, "SEEDS", 2)
+    out = tmp_path / "picture.svg"
+    assert picture.main(["--memory", MEMORY, "--steps", "24", "--out", str(out)]) == 2
+    assert "--seed" in capsys.readouterr().err and not out.exists()

@@ -1,0 +1,314 @@
+"""How the shipped checkpoints are made: tokenizer, config, first heads, curriculum, schedule, the
+pretraining loss, and the commands."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, metrics_of, seeded
+from safetensors.torch import load_file
+
+from lib.data import task_batch
+from lib.hub import CHECKPOINTS, stated
+from lib.published import config_fields
+from lib.tokenizer import Tokenizer
+from model import Backbone, Config, load, rotate
+from studies import pretrain
+from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, PUZZLES, SHORT, SPECIAL, STAGE,
+                              build_config, llada_loss, look_nearby, puzzle, short_haystack,
+                              trapezoids, write_folder)
+from tasks import TASKS, draw
+from tasks.haystack import KINDS, LENGTHS
+from train import fit
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return pretrain.build_tokenizer()
+
+
+def fresh(tokenizer: Tokenizer, **sizes) -> Backbone:
+    """A model in tiny's format with fresh weights."""
+    return Backbone(Config(**config_fields(build_config(tokenizer) | sizes))).initialise(seeded())
+
+
+# ------------------------------------------------------------------ tokenizer
+TEXTS = ["", " ", "\n", "sudoku\n12.4\n", "sudokuchain follows", "a=b+7", "Grüße, 世界! 🧩",
+         "\x00\x7f", "tab\tand\r\nline", "e\u0301 \u202e \ufeff", "ABCdefGHI 0123456789",
+         "<|not special|>", "\u2028"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_any_text_comes_back(tokenizer, text):
+    """Byte level: what is encoded is what is decoded, ids in range and no special ones."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    special = {tokenizer.vocab[s] for s in SPECIAL}
+    assert all(0 <= i < len(tokenizer.vocab) and i not in special for i in ids)
+
+
+def test_task_names_are_one_token_and_all_else_is_one_byte(tokenizer):
+    """So that each digit and letter is a token of its own, wherever it stands."""
+    for name in PUZZLES:
+        assert len(tokenizer.encode(name)) == 1
+        for seed in range(10):
+            prompt, answer = TASKS[name].make(random.Random(seed))
+            assert len(tokenizer.encode(prompt)) == len(prompt) - len(name) + 1
+            assert [tokenizer.decode([i]) for i in tokenizer.encode(answer)] == list(answer)
+    assert len(tokenizer.encode("é")) == 2
+
+
+def test_special_tokens_are_three_ids_apart(tokenizer):
+    """Start, end and mask: one id each, which a text cut of special tokens does not show."""
+    ids = [tokenizer.encode(s) for s in SPECIAL]
+    assert [len(i) for i in ids] == [1, 1, 1] and len({i[0] for i in ids}) == 3
+    assert tokenizer.decode([i for [i] in ids] + tokenizer.encode("x"), skip_special=True) == "x"
+    config = Config(**config_fields(build_config(tokenizer)))
+    assert [config.eos_id, config.mask_id] == [ids[1][0], ids[2][0]]
+    assert config.vocab == len(tokenizer.vocab)
+
+
+# ------------------------------------------------------------------ the checkpoint
+def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
+    """What write_folder writes loads as the same model and tokenizer, under LLaDA's own names, and
+    states its tasks and their length."""
+    backbone = fresh(tokenizer)
+    write_folder(backbone, tokenizer, tmp_path / "ckpt", ["sums", "track2-64"])
+    loaded, reloaded = load(tmp_path / "ckpt", "cpu")
+    assert loaded.config == backbone.config and reloaded.vocab == tokenizer.vocab
+    for name, p in backbone.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), p)
+    assert [reloaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    assert "model.transformer.wte.weight" in load_file(tmp_path / "ckpt" / "model.safetensors")
+    assert stated(tmp_path / "ckpt") == (GEN_LENGTH, ["sums", "track2-64"])
+    assert loaded.config.parameters == sum(p.numel() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("name, changes, tasks", [
+    ("tiny", {}, PUZZLES), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS)])
+def test_the_shipped_folders_are_what_is_written(name, changes, tasks, tokenizer, tmp_path):
+    """Config, tokenizer and what is stated; the weights took longer than a test."""
+    write_folder(load(name, "cpu")[0], tokenizer, tmp_path, tasks, **changes)
+    for file in ("config.json", "tokenizer.json", "generation_config.json"):
+        written, shipped = (json.loads((folder / file).read_text())
+                            for folder in (tmp_path, CHECKPOINTS[name]))
+        assert written == shipped
+    assert stated(name) == (24, list(tasks)) and all(task in TASKS for task in tasks)
+
+
+# ------------------------------------------------------------------ what pretraining starts from
+def test_the_first_heads_look_nearby(tokenizer):
+    """At the start the first layer's heads put most of their attention on the token at their
+    offset, whatever the text; the head after them does not."""
+    backbone = fresh(tokenizer)
+    look_nearby(backbone, OFFSETS)
+    block, c = backbone.blocks[0], backbone.config
+    ids = torch.tensor([tokenizer.encode(TASKS["chain"].make(random.Random(1))[0])])
+    T, heads = ids.shape[1], c.heads
+    with torch.no_grad():
+        qkv = block.qkv(block.attn_norm(backbone.embed(ids))).view(1, T, 3 * heads, c.head_dim)
+    inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+    angles = torch.arange(T)[:, None] * inverse
+    q, k = rotate(qkv[:, :, :2 * heads], angles.cos(), angles.sin())[0].transpose(0, 1).split(heads)
+    attention = (q @ k.mT / c.head_dim ** 0.5).softmax(-1)                    # (nh, T, T)
+    position = torch.arange(T)
+
+    def share(head: int, offset: int) -> float:
+        inside = (position + offset >= 0) & (position + offset < T)
+        return float(attention[head, position[inside], position[inside] + offset].mean())
+
+    for head, offset in enumerate(OFFSETS):
+        assert share(head, offset) > 0.8
+        assert share(len(OFFSETS), offset) < 0.2
+
+
+def test_easier_puzzles_give_way_to_the_full_size():
+    """All are easy at first, half of them halfway, none at the end; sums change at their stage."""
+    def easy(name: str, step: int) -> float:
+        rng = random.Random(step)
+        drawn = [puzzle(name, step, rng) for _ in range(400)]
+        assert all(task in EASIER[name] or task is TASKS[name] for task in drawn)
+        return sum(task is not TASKS[name] for task in drawn) / 400
+
+    for name in EASIER:
+        assert easy(name, 0) == 1 and easy(name, 5000) == easy(name, 9000) == 0
+        assert easy(name, 2500) == pytest.approx(0.5, abs=0.1)
+    rng = random.Random(0)
+    assert puzzle("sums", STAGE - 1, rng) is FIRST["sums"] is not TASKS["sums"]
+    assert puzzle("sums", STAGE, rng) is TASKS["sums"] and puzzle("sudoku", 0, rng) is \
+        TASKS["sudoku"]
+
+
+def test_haystacks_are_short_at_first():
+    """Of the lengths below any that is asked for later, and "text" of every kind."""
+    rng = random.Random(0)
+    drawn = [short_haystack("text", 0, rng) for _ in range(200)]
+    assert {(t.needles, t.track) for t in drawn} == {(*k, False)[:2] for k in KINDS.values()}
+    assert {t.length for t in drawn} == set(SHORT) and max(SHORT) < min(LENGTHS)
+    assert {short_haystack("track4", 0, rng).needles for _ in range(9)} == {4}
+
+
+def test_the_learning_rate_has_two_stages(tmp_path):
+    """A line up, a plateau, and a line down to 0 over the last tenth, before which nothing depends
+    on the number of steps; with a stage once more behind it. `fit` follows it."""
+    shares = [trapezoids(step, 100, 10) for step in range(101)]
+    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert set(shares[9:91]) == {1.0}
+    assert shares[90:] == pytest.approx([1 - i / 10 for i in range(11)])
+    assert shares[:90] == [trapezoids(step, 1000, 10) for step in range(90)]
+    staged = [trapezoids(step, 130, 10, stage=30) for step in range(130)]
+    assert staged[:30] == [trapezoids(step, 30, 10) for step in range(30)]
+    assert staged[30:] == shares[:100]
+    p = torch.nn.Parameter(torch.zeros(4))
+    fit({"p": p}, lambda step, micro: (p.sum(), {}), tmp_path, steps=20, lr=0.01, warmup=5,
+        schedule=trapezoids)
+    way = 0.01 * sum(trapezoids(step, 20, 5) for step in range(20))
+    assert p.tolist() == pytest.approx([-way] * 4, rel=1e-4)
+
+
+# ------------------------------------------------------------------ the loss
+class Ragged:
+    """A task whose prompts have different lengths."""
+
+    def make(self, rng):
+        word = "".join(rng.choice("xyz") for _ in range(rng.randint(4, 12)))
+        return f"reverse {word}\n", word[::-1]
+
+    def check(self, prompt, text):
+        return text.strip() == prompt.split()[1][::-1]
+
+
+def batch_of(task, tokenizer: Tokenizer, size: int, seed: int):
+    rng = random.Random(seed)
+    return task_batch([draw(task, rng, False) for _ in range(size)], tokenizer, 1, GEN_LENGTH)
+
+
+def slow_llada_loss(backbone, prompts, answers, pad, generator) -> torch.Tensor:
+    """The published loss token by token, on the same draws, every row without its padding."""
+    rows, length = answers.shape
+    offset, total = float(torch.rand(1, generator=generator)), 0.0
+    dice = torch.rand(rows, length, generator=generator)
+    for row in range(rows):
+        t = (row / rows + offset) % 1
+        p = (1 - 1e-3) * t + 1e-3
+        noisy, masked = answers[row].clone(), dice[row] < p
+        noisy[masked] = backbone.config.mask_id
+        prompt = prompts[row] if pad is None else prompts[row][~pad[row]]
+        logits = backbone(torch.cat([prompt, noisy])[None])[0, len(prompt):]
+        for i in range(length):
+            if masked[i]:
+                total = total - logits[i].log_softmax(-1)[answers[row, i]] / p / length
+    return total / rows
+
+
+@pytest.mark.parametrize("task", [TASKS["sums"], Ragged()], ids=["equal", "padded"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_pretraining_loss_is_the_slow_one(tokenizer, task, seed):
+    """Masking, weights 1 / p, the answer's length, padding and the batch: loss and gradient are
+    those of a loop over rows and tokens."""
+    backbone = fresh(tokenizer, n_layers=2)
+    data = batch_of(task, tokenizer, 5, seed)
+    assert (data[2] is not None) == isinstance(task, Ragged)
+    losses, grads = [], []
+    for loss_fn in (llada_loss, slow_llada_loss):
+        backbone.zero_grad()
+        loss = loss_fn(backbone, *data, seeded(seed))
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    assert torch.allclose(*losses, rtol=1e-4)
+    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
+
+
+def test_the_pretraining_loss_is_unbiased(tokenizer):
+    """A model that says nothing has log V on average: what 1 / p is for."""
+    backbone = fresh(tokenizer, n_layers=1)
+    torch.nn.init.zeros_(backbone.head.weight)
+    data, generator = batch_of(TASKS["sums"], tokenizer, 16, 0), seeded()
+    with torch.no_grad():
+        losses = torch.stack([llada_loss(backbone, *data, generator) for _ in range(80)])
+    expected = torch.tensor(float(backbone.config.vocab)).log()
+    error = losses.std() / 80 ** 0.5
+    assert abs(losses.mean() - expected) < 4 * error < 1  # without 1 / p it would be half
+
+
+# ------------------------------------------------------------------ the commands
+def test_show_prints_held_out_examples():
+    """The command in a process of its own prints what `draw` gives here: the split depends neither
+    on the process nor on its hash seed."""
+    rng = random.Random(5)
+    expected = "".join(p + a + "\n\n" for p, a in
+                       [draw(TASKS["chain"], rng, held_out=True) for _ in range(2)])
+    done = subprocess.run([sys.executable, "-m", "studies.pretrain", "show", "chain", "--number",
+                           "2", "--seed", "5"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", expected)
+
+
+def test_a_task_from_outside_is_shown(monkeypatch, capsys):
+    """One line in TASKS is enough."""
+    monkeypatch.setitem(TASKS, "reverse", Ragged())
+    assert pretrain.main(["show", "reverse", "--number", "1"]) == 0
+    prompt, answer = capsys.readouterr().out.split()[1:]
+    assert prompt[::-1] == answer
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["show", "chess"], ["chess", *PUZZLES]), ([], ["show"]), (["eat"], ["eat"]),
+    (["show", "sums", "--number", "x"], ["--number"]), (["tiny"], ["--out"]),
+    (["haystack", "--steps", "3"], ["--out"]), (["tiny", "--out", "x", "--steps", "0"], ["0"]),
+    (["tiny", "--out", "x", "--lr", "nan"], ["--lr", "nan"]),
+    (["tiny", "--out", "x", "--batch-size", "0"], ["--batch-size"]),
+    (["tiny", "--out", "x", "--device", "abacus"], ["abacus"])], ids=" ".join)
+def test_arguments_that_make_no_sense(argv, words, capsys, tmp_path, monkeypatch):
+    """One line and exit code 2, and nothing is written: above all not over a shipped checkpoint,
+    which --out would have to name."""
+    monkeypatch.chdir(tmp_path)
+    assert pretrain.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Batches of at most 8, in place of the 256 that are held out."""
+    drawn = pretrain.examples
+    monkeypatch.setattr(pretrain, "examples", lambda task, tokenizer, rng, size, *rest:
+                        drawn(task, tokenizer, rng, min(size, 8), *rest))
+
+
+def test_pretraining_writes_a_checkpoint_that_loads(few, tmp_path, monkeypatch, capsys):
+    """Two updates from nothing: the folder is whole, the weights moved, and the loss of every task
+    is in the metrics."""
+    monkeypatch.setitem(pretrain.CONFIG, "n_layers", 1)
+    out = tmp_path / "ckpt"
+    assert pretrain.main(["tiny", "--out", str(out), "--steps", "2", "--batch-size", "1",
+                          "--device", "cpu"]) == 0
+    backbone, tokenizer = load(out, "cpu")
+    before = fresh(tokenizer, n_layers=1)
+    assert not torch.equal(backbone.head.weight, before.head.weight)
+    first, last = metrics_of(out / "pretraining")
+    assert (first["step"], last["step"]) == (1, 2) and {*PUZZLES, "loss"} <= first.keys()
+    assert {f"held_out_{name}" for name in PUZZLES} <= last.keys()
+    assert f"wrote {out}" in capsys.readouterr().out and stated(out).tasks == list(PUZZLES)
+
+
+def test_pretraining_on_haystacks(few, tmp_path):
+    """Two updates of checkpoints/tiny write a checkpoint with room for the longest haystack."""
+    assert pretrain.main(["haystack", "--out", str(tmp_path), "--steps", "2", "--batch-size", "4",
+                          "--device", "cpu"]) == 0
+    backbone, _ = load(tmp_path, "cpu")
+    assert backbone.config.max_len > max(LENGTHS) + 17 + 24
+    start, _ = load("tiny", "cpu")
+    moved = [(a - b).abs().max() for a, b in zip(backbone.parameters(), start.parameters())]
+    assert 0 < max(moved) < 1e-4  # two updates of warm-up, 3e-6 and 6e-6
+    first, last = metrics_of(tmp_path / "pretraining")
+    assert {*KINDS, "text"} <= first.keys()
+    assert {f"held_out_{kind}" for kind in KINDS} <= last.keys()
+    assert stated(tmp_path).tasks == [f"{kind}-64" for kind in KINDS]
