@@ -15,22 +15,22 @@ same run. random:NAME has a published model's shapes, and random:FOLDER those of
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import sys
 from itertools import product
 from typing import Callable
 
+import lib.interrupts  # noqa: F401  Ctrl-C during the imports below
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.cli import InputError, command, compile_on, require
 from lib.data import left_pad
+from lib.files import to_json
 from lib.hub import find, stated
 from lib.live import answer_text
 from lib.options import bench_parser
+from lib.progress import progress, slow
 from lib.stats import Accuracies, Clock, Timings, limits, new_figure, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
@@ -108,7 +108,7 @@ def accuracy(args: argparse.Namespace) -> None:
     forwards = {v: np.zeros_like(r) for v, r in right.items()}
     work = [(i, j, v, k) for i, j, v in product(range(len(names)), range(len(settings)), variants)
             for k in range(len(variants[v]))]
-    for i, j, v, k in tqdm(work, disable=None):
+    for i, j, v, k in progress(work, "settings"):
         right[v][k, i, j], forwards[v][k, i, j] = solve(
             backbone, tokenizer, TASKS[names[i]], prompts[names[i]], length, memory=variants[v][k],
             **list(settings.values())[j])
@@ -123,8 +123,8 @@ def accuracy(args: argparse.Namespace) -> None:
         leads = leads_of(measured, [j for j, n in enumerate(steps) if n < length])
         share = forwards_share(measured, forwards, steps.index(length)) if length in steps else None
     if args.json:
-        print(json.dumps({"ckpt": args.ckpt, "seed": args.seed, "prompts": args.prompts,
-                          "rows": rows, "leads": leads, "forwards_share": share}))
+        print(to_json({"ckpt": args.ckpt, "seed": args.seed, "prompts": args.prompts,
+                       "rows": rows, "leads": leads, "forwards_share": share}))
     if args.plot:
         plot(rows, args.plot)
 
@@ -204,7 +204,7 @@ def flash_attention(backbone: Backbone, length: int) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Steps, whole generations and a training step, beside the machine's limits."""
-    backbone, _ = load(args.ckpt, args.device, args.dtype)
+    backbone, _ = slow(f"loading {args.ckpt}")(load)(args.ckpt, args.device, args.dtype)
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
     require(args.block <= min(args.lengths) and args.gen % args.block == 0,
             f"a --block of {args.block} has to fit into every length and to divide --gen")
@@ -229,8 +229,8 @@ def speed(args: argparse.Namespace) -> None:
     if args.train:
         time_training(timings, backbone, memory, random_ids(backbone, args.train, generator))
     if args.json:
-        print(json.dumps({"ckpt": args.ckpt, "device": chip, "dtype": str(dtype),
-                          "product_flops": flops, "copy_bytes": copied, "rows": timings.rows}))
+        print(to_json({"ckpt": args.ckpt, "device": chip, "dtype": str(dtype),
+                       "product_flops": flops, "copy_bytes": copied, "rows": timings.rows}))
 
 
 def random_ids(backbone: Backbone, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -311,4 +311,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

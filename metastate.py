@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from lib.cli import InputError, require
 from lib.files import read_tensors, save_tensors
+from lib.tensors import rebuilt
 
 FORMAT = 1  # of memory files; those that do not state it are of this format too
 
@@ -239,8 +240,7 @@ class MetaState(nn.Module):
         try:
             tensors, stated = read_tensors(path)
             require(stated.get("format", FORMAT) == FORMAT, f"format {stated.get('format')!r}")
-            memory = cls(**stated["sizes"], fingerprint=stated["backbone"])
-            memory.load_state_dict(tensors)
+            memory = rebuilt(cls, stated["sizes"], tensors, fingerprint=stated["backbone"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is not a MetaState memory ({error})") from error
         require(memory.fingerprint == backbone.fingerprint(),

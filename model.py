@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.checks import check_config
 from lib.cli import device_of, dtype_of
-from lib.files import fingerprint, read_stacked, save_stacked
 from lib.graph import Graph
 from lib.hub import CHECKPOINTS, find
 from lib.published import read_config
+from lib.tensors import allocated, fingerprint, read_stacked, save_stacked
 from lib.tokenizer import Tokenizer
 
 
@@ -300,10 +300,10 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
     if name.startswith("random:"):
         config = config_of(name.removeprefix("random:"))
         backbone = unfilled(config).to(dtype or getattr(torch, config.dtype))
-        backbone.to_empty(device=device).initialise(torch.Generator(device).manual_seed(0))
+        allocated(backbone, device).initialise(torch.Generator(device).manual_seed(0))
     else:
         folder = find(ckpt)
         backbone = unfilled(Config.from_json(folder))
         backbone.load_state_dict(read_stacked(folder, layout(backbone), device, dtype), assign=True)
-        tokenizer = Tokenizer.found_in(folder, backbone.config.vocab)
+        tokenizer = Tokenizer.found_in(folder, backbone.config.vocab, name)
     return backbone.eval().requires_grad_(False), tokenizer

@@ -11,17 +11,17 @@ Fast-dLLM's confidence threshold are one loop that differs in which positions a 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from functools import partial
 from itertools import product
 from typing import Callable, NamedTuple
 
+import lib.interrupts  # noqa: F401  Ctrl-C during the imports below
 import torch
 import torch.nn.functional as F
 
 from lib.checks import check_generation
-from lib.cli import command, compile_on, require
+from lib.cli import command, compile_on, require, widest
 from lib.hub import stated
 from lib.live import answer_prompts
 from lib.options import decoding, sampling_parser
@@ -88,7 +88,7 @@ class Steps:
                  refresh: int | None):
         (B, P), passes = prompt.shape, 2 if cfg_scale > 0 else 1
         self.backbone, self.scale, self.cache, self.refresh = backbone, cfg_scale, cache, refresh
-        self.forwards, padded = 0, pad_mask is not None and pad_mask.any()
+        self.forwards, self.finite, padded = 0, True, pad_mask is not None and pad_mask.any()
         self.carried = dict(
             memory=memory, state=memory and memory.initial(passes * B), span=(P, gen_length),
             cache=cache and Cache(backbone, passes * B, P + gen_length),
@@ -116,6 +116,7 @@ class Steps:
         if self.scale > 0:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.scale + 1) * (conditional - unconditional)
+        self.finite &= logits.isfinite().all()  # looked at once, at the end
         return logits
 
 
@@ -176,8 +177,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
         if stop_at_eos and settled(ids[:, P:], c):
             ids[:, P:].masked_fill_(ids[:, P:] == c.mask_id, c.eos_id)
             break
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+    require(bool(look.finite), "the model's logits are not finite: there is no answer")
     return sample._replace(seconds=time.perf_counter() - started)
 
 
@@ -185,7 +185,7 @@ class Commit(NamedTuple):
     """What a step commits of a block's masked positions."""
     count: int                     # the surest so many
     threshold: float = math.inf    # and every other whose confidence reaches this,
-    most: int = sys.maxsize        # while no more of the block are committed in all
+    most: int = 2 ** 63 - 1         # while no more of the block are committed in all
 
 
 def plan(c: Config, order: str, threshold: float | None, length: int, steps: int,
@@ -255,8 +255,8 @@ def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float =
 
 
 def gumbel(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Gumbel noise of x's shape, float64."""
-    uniform = torch.rand(x.shape, device=x.device, dtype=torch.float64, generator=generator)
+    """Gumbel noise of x's shape, float64 where the device has it."""
+    uniform = torch.rand(x.shape, device=x.device, dtype=widest(x.device), generator=generator)
     return -(-uniform.log()).log()
 
 
@@ -297,8 +297,8 @@ def settled(answer: torch.Tensor, c: Config) -> bool:
 parser = partial(sampling_parser, __doc__, ORDERS, TASKS)
 
 
-def answer(args, decode: Callable[..., Sample] = generate) -> None:
-    """Answer what the command line asks by `decode(backbone, ids, **options)`."""
+def answer(args, decode: Callable[..., Sample] = generate) -> int:
+    """Answer what the command line asks by `decode(backbone, ids, **options)`: the exit code."""
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     memory = MetaState.load(args.memory, backbone) if args.memory else None
@@ -311,16 +311,16 @@ def answer(args, decode: Callable[..., Sample] = generate) -> None:
         return partial(decode, backbone, memory=used, generator=generator, **options)
 
     variants = {"without memory": None, "with memory": memory} if args.compare else {"": memory}
-    answer_prompts(args, {name: by(used) for name, used in variants.items()},
-                   needed(tokenizer, args.ckpt), backbone.config, device, options["gen_length"],
-                   TASKS, args.task or next(iter(tasks), None), draw)
+    return answer_prompts(args, {name: by(used) for name, used in variants.items()},
+                          needed(tokenizer, args.ckpt), backbone.config, device,
+                          options["gen_length"], TASKS, args.task or next(iter(tasks), None), draw)
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    answer(parser().parse_args(argv))
+    return answer(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

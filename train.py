@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Callable
 
+import lib.interrupts  # noqa: F401  Ctrl-C during the imports below
 import numpy as np
 import torch
 import torch.nn as nn
@@ -209,13 +209,13 @@ def main(argv: list[str] | None = None) -> None:
         losses = [loss_of(0, i, True)[0].item() for i in range(max(8, 64 // args.batch_size))]
         return {"held_out": sum(losses) / len(losses)}
 
-    fit(dict(memory.named_parameters()), loss_of, args.out, steps=args.steps, lr=args.lr,
-        warmup=args.warmup, micros=args.micros, save_every=args.save_every, evaluate=evaluate,
-        eval_every=args.eval_every, settings=run_settings(args, memory.fingerprint))
+    fit(dict(memory.named_parameters()), loss_of, args.out, warmup=args.warmup, micros=args.micros,
+        steps=args.steps, lr=args.lr, save_every=args.save_every, eval_every=args.eval_every,
+        evaluate=evaluate, settings=run_settings(args, backbone, tokenizer, batch, MetaState))
     if processes()[0] == 0:
         memory.save(Path(args.out) / "metastate.safetensors")
         print(f"wrote {Path(args.out) / 'metastate.safetensors'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

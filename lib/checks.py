@@ -1,15 +1,51 @@
-"""Refusals, each in one line that names the value and the way out, before any work begins."""
+"""Refusals, each in one line that names the value and the way out, before any work begins; and of
+numbers that are none."""
 from __future__ import annotations
 
 import math
+import os
+
+import torch
 
 from lib.cli import require
 
 
+# ------------------------------------------------------------------ numbers and room
+def is_finite(x: torch.Tensor) -> bool:
+    """True when a tensor holds neither NaN nor infinity. Its extremes say so, at the speed at which
+    memory is read and without a mask as large as the tensor. Of dtypes that nothing here computes
+    in nothing is known."""
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if x.dtype not in known or x.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
+def finite(what: str, x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or an `InputError` that says what holds NaN or infinity."""
+    require(is_finite(x), f"{what} hold NaN or infinity: there is no result")
+    return x
+
+
+def check_room(needed: int, device: torch.device) -> None:
+    """Refuse so many bytes on a device that has less, as far as it can be asked."""
+    room = math.inf
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and hasattr(os, "sysconf"):  # Windows has none
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(needed <= room, f"{needed / 1e9:.4g} GB of weights are more than the {room / 1e9:.4g} "
+            f"GB that {device} has")
+
+
+# ------------------------------------------------------------------ sizes
+MOST = {"layers": 1000, "dim": 2 ** 16, "heads": 2 ** 12, "kv_heads": 2 ** 12, "mlp_dim": 2 ** 20,
+        "vocab": 2 ** 22, "max_len": 2 ** 31 - 1}  # no model is larger, and all products fit
+
+
 def check_config(c) -> None:
     """Refuse sizes and ids of a backbone that cannot be, from fields of the same names."""
-    sizes = ("dim", "heads", "kv_heads", "mlp_dim", "vocab", "max_len")
-    for name, most in (("layers", 1000), *((name, 2 ** 31 - 1) for name in sizes)):
+    for name, most in MOST.items():
         n = getattr(c, name)
         require(type(n) is int and 1 <= n <= most,
                 f"config: {name} is {n!r}, which is no whole number from 1 to {most}")
@@ -17,10 +53,10 @@ def check_config(c) -> None:
         n = getattr(c, name)
         require(type(n) is int and 0 <= n < c.vocab, f"config: {name} is {n!r}, which is no id of "
                 f"the vocabulary of {c.vocab}")
-    for name in ("rope_theta", "norm_eps"):
+    for name, least, most in (("rope_theta", 1, 1e12), ("norm_eps", 1e-12, 1)):
         x = getattr(c, name)
-        require(type(x) in (int, float) and 0 < x < math.inf,
-                f"config: {name} is {x!r}, which is not a positive number")
+        require(type(x) in (int, float) and least <= x <= most,
+                f"config: {name} is {x!r}, which is no number from {least:g} to {most:g}")
     require(c.dim % c.heads == 0 and c.head_dim % 2 == 0, f"config: width {c.dim} does not split "
             f"into {c.heads} heads of even width")
     require(c.heads % c.kv_heads == 0,
@@ -28,6 +64,23 @@ def check_config(c) -> None:
     require(c.mask_id != c.eos_id, f"config: mask_id and eos_id are both {c.mask_id}")
 
 
+def check_memory(sizes, numbers: int) -> None:
+    """Refuse sizes of a memory, as its file states them, that cannot be, or that need not come from
+    a file of so many numbers: any two of its widths have a matrix between them."""
+    require(isinstance(sizes, dict), f"sizes are {sizes!r}")
+    for name, n in sizes.items():
+        switch = name in ("time", "local")
+        require(type(n) is (bool if switch else int) and (switch or 0 < n <= 2 ** 16),
+                f"{name} is {n!r}")
+    get = sizes.get
+    *_, second, first = sorted((get("dim", 1), get("width", 1), get("cond", 1)))
+    most = max(first * second, get("slots", 1) * get("width", 1))
+    require(most <= numbers, f"sizes of {sizes} do not come to {numbers} numbers")
+    require(get("width", 0) % get("heads", 8) == 0,
+            f"{get('heads')} heads do not divide its width of {get('width')}")
+
+
+# ------------------------------------------------------------------ settings
 def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order, orders, threshold,
                      by_probability, cache, refresh, temperature, top_p, top_k, alg_temp,
                      cfg_scale) -> None:
@@ -46,7 +99,8 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
     require(gen_length > 0 < block_length and gen_length % block_length == 0,
             f"gen_length {gen_length} is not a multiple of block_length {block_length}")
     blocks = gen_length // block_length
-    require(steps > 0 and steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
+    require(0 < steps <= 2 ** 16, f"{steps} steps: from 1 to {2 ** 16} can be taken")
+    require(steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
             f"(gen_length {gen_length} / block_length {block_length})")
     require(prompt.shape[1] + gen_length <= c.max_len, f"a prompt of {prompt.shape[1]} tokens and "
             f"gen_length {gen_length} leave no room in the model's {c.max_len} positions")
@@ -63,7 +117,7 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
             f"threshold is {threshold}, and has to be 0 or more")
     for name, x, least in (("temperature", temperature, 1e-6), ("alg_temp", alg_temp, 1e-6),
                            ("cfg_scale", cfg_scale, 0.0)):
-        require(x == 0 or least <= x < math.inf,
-                f"{name} is {x}, and has to be 0 or from {least} up")
+        require(x == 0 or least <= x <= 1e3, f"{name} is {x}, and has to be 0 or from {least:g} to "
+                "1000")
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, and has to lie in (0, 1]")
     require(top_k is None or top_k >= 0, f"top_k is {top_k}, and has to be 0 (off) or more")

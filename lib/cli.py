@@ -9,9 +9,13 @@ import math
 import os
 import shutil
 import sys
+from contextvars import ContextVar
 from typing import Callable, Iterable
 
 import torch
+
+from lib.interrupts import CODE, CaughtByMain
+from lib.terminal import complain, note, streams
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -27,6 +31,10 @@ def require(condition: bool, message: str) -> None:
 
 
 # ------------------------------------------------------------------ parsing
+# Whether a command runs: then files and folders on its line are tried; a parser alone only parses.
+running: ContextVar[bool] = ContextVar("running", default=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all others, and whose help begins with the script's
     docstring as it is written."""
@@ -34,6 +42,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        self.checks: list[Callable] = []  # of what was parsed, as a whole
+
+    def parse_known_args(self, *args, **kwargs):
+        """argparse's, and the checks."""
+        found = super().parse_known_args(*args, **kwargs)
+        for check in self.checks if running.get() else ():
+            check(found[0])
+        return found
 
     def error(self, message: str):
         raise InputError(f"{message} (see --help)")
@@ -46,17 +62,19 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def whole(least: int) -> Callable:
-    """The type of a whole number on the command line from `least` up."""
+def whole(least: int, most: int = 10 ** 6) -> Callable:
+    """The type of a whole number on the command line from `least` to `most`."""
     def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > 19 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+        if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is no whole number from {least} to {most}")
         return int(text)
 
     return parse
 
 
-count = whole(1)
+count = whole(1)           # of what is only counted
+size = whole(1, 10 ** 4)   # of what is allocated, or comes with a forward each
 
 
 def number(low: float, high: float = math.inf, open_low: bool = False) -> Callable:
@@ -69,11 +87,18 @@ def number(low: float, high: float = math.inf, open_low: bool = False) -> Callab
         if not (low < value if open_low else low <= value) or not value <= high \
                 or value == math.inf:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no number {'above' if open_low else 'from'} {low:g}"
+                f"{text[:40]!r} is no number {'above' if open_low else 'from'} {low:g}"
                 + (f" to {high:g}" if high < math.inf else " up"))
         return value
 
     return parse
+
+
+def named(text: str) -> str:
+    """The type of a name or path on the command line: anything but nothing."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
 
 
 def listed(kind: Callable, empty: bool = False) -> Callable:
@@ -99,13 +124,23 @@ def one_of(known: Iterable[str], what: str) -> Callable:
 # ------------------------------------------------------------------ devices
 def device_of(name: str | torch.device | None) -> torch.device:
     """The device of that name, CUDA's current one where there is one and nothing is said, else the
-    CPU. Raises `InputError` for one that is not to be had."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    CPU. Raises `InputError` for one that is not to be had, or that computes nothing ("meta")."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        require(str(name).split(":")[0] in ("cpu", "cuda", "mps", "xpu"),
+                f"device {str(name)[:40]!r} is none of cpu, cuda, mps, xpu")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds: what is not built in, not plugged in, no device
         reason = str(error).splitlines()[0]
         raise InputError(f"device {str(name)!r} is not to be had ({reason})") from error
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no wider floating point (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def dtype_of(name: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -132,25 +167,53 @@ def compile_on(device: torch.device, wanted: bool | None, *modules) -> None:
 # ------------------------------------------------------------------ running
 def command(main: Callable) -> Callable:
     """Wrap a script's `main(argv=None)`: an `InputError` or a full disk becomes one line on stderr
-    and exit code 2 instead of a traceback; Ctrl-C becomes exit code 130."""
+    and exit code 2 instead of a traceback; Ctrl-C becomes exit code 130. The streams are those of
+    `lib.terminal.streams`."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        before = running.set(True)
         try:
-            return main(argv) or 0
-        except InputError as error:
-            message = str(error)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            return 130
-        except BrokenPipeError:  # `| head` went away: nothing more to say, also not at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 141
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            message = f"the disk is full ({error.filename or error.strerror}); free some space"
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        return 2
+            with CaughtByMain(), streams():
+                return _ended(main, argv)
+        finally:
+            running.reset(before)
 
     return wrapped
+
+
+def _ended(main: Callable, argv: list[str] | None) -> int:
+    """The exit code of a `main(argv)`, an error said in one line."""
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()  # what the disk or the reader does not take is known here
+        return code
+    except InputError as error:
+        message = str(error)
+    except KeyboardInterrupt as error:  # a training says what it keeps
+        note(str(error) or "interrupted")
+        return CODE
+    except BrokenPipeError:  # `| head` went away: nothing more to say
+        _drop_output()
+        return 141
+    except (MemoryError, RuntimeError) as error:  # torch has one of its own, but not on a CPU
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "can't allocate memory" in str(error)):
+            raise
+        message = "out of memory: " + (str(error).splitlines() or ["there is no more"])[0]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        message = f"the disk is full ({error.filename or error.strerror}); free some space"
+    complain(message)
+    return 2
+
+
+def _drop_output() -> None:
+    """Let go of what stdout holds and cannot write, so that Python's own flush at exit has nothing
+    to complain about."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

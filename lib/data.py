@@ -1,9 +1,9 @@
-"""Prompts and training examples from files and tasks, as batches of ids."""
+"""Training examples from files and tasks, as batches of ids."""
 from __future__ import annotations
 
 import json
 import random
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 from lib.cli import InputError, require
 from lib.files import parse_json, read_lines, write_atomic
-from lib.hub import stated
+from lib.hub import CHECKPOINTS, stated
+from lib.progress import progress, slow
+from lib.prompts import at, no_mask, prompt_ids
 from lib.run import first_process_first
+from lib.terminal import note
 from lib.tokenizer import Tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # ids, answer mask, pad mask
@@ -32,29 +35,6 @@ def move(data, device) -> list:
     return [None if x is None else x.to(device) for x in data]
 
 
-def read_prompts(path: str, tokenizer: Tokenizer, raw: bool,
-                 room: int) -> list[tuple[str | list[dict], list[int]]]:
-    """(prompt, ids) of a file, one a line: a text, or JSON with `prompt` or `messages`. An
-    `InputError` names the line, also of a prompt longer than `room` tokens."""
-    prompts = []
-    for where, line in read_lines(path):
-        prompt: str | list[dict] | None = line
-        if line.lstrip().startswith("{"):
-            fields = parse_json(line, where)
-            prompt = fields.get("messages") or fields.get("prompt")
-            require(isinstance(prompt, list if fields.get("messages") else str),
-                    f"{where}: neither a prompt nor a list of messages")
-        try:
-            ids = tokenizer.prompt(prompt, raw)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        require(len(ids) <= room, f"{where}: {len(ids)} tokens, and only {room} leave room for the "
-                "answer")
-        prompts.append((prompt, ids))
-    require(bool(prompts), f"{path} holds no prompt")
-    return prompts
-
-
 def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., Batch]:
     """The batches that a training command asks for: the file of --data, else the tasks that the
     checkpoint names, else the Tulu-3 mixture. draw(name, rng, held_out) makes a task's example; c
@@ -68,8 +48,9 @@ def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., 
             raise InputError(f"{args.ckpt}: its generation_config.json: {error}") from error
         return task_batches(draw, tokenizer, c.eos_id, length, tasks, args.batch_size, args.micros,
                             args.seed)
-    path = args.data or first_process_first(lambda: tulu(args.seed))
-    examples = read_examples(path, tokenizer, c.eos_id, min(args.max_length, c.max_len))
+    args.data = args.data or first_process_first(lambda: tulu(args.seed))
+    examples = read_examples(args.data, tokenizer, c.eos_id, min(args.max_length, c.max_len),
+                             c.mask_id)
     return file_batches(examples, c.pad_id, args.batch_size, args.micros, args.seed)
 
 
@@ -104,14 +85,15 @@ def task_batches(draw: Callable, tokenizer: Tokenizer, eos_id: int, length: int,
 
 
 # ------------------------------------------------------------------ files
-def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int,
-                  max_length: int) -> list[tuple[list[int], list[int]]]:
+def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_length: int,
+                  mask_id: int | None = None) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) ids of a JSONL file with `messages` (the last one is the answer) or `prompt`
-    and `response` a line, in the tokenizer's chat format. An answer ends with EOS and is cut where
-    the two together pass max_length; an example whose prompt leaves less than 8 positions is
-    dropped. Raises `InputError` with the file and line number."""
+    and `response` a line, in the format in which sampling asks. An answer ends with EOS and is cut
+    where the two together pass max_length; an example whose prompt leaves less than 8 positions is
+    dropped. Raises `InputError` with the file and line number, also for the mask token, which would
+    stand for something that is not there."""
     examples, dropped = [], 0
-    for where, line in read_lines(path):
+    for where, line in progress(read_lines(path), f"examples of {path}", bar=False):
         fields = parse_json(line, where)
         messages = fields.get("messages")
         if messages is None and "prompt" in fields:
@@ -122,19 +104,18 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int,
                 and isinstance(last.get("content"), str) and last["content"] != "",
                 f"{where}: no response: a line needs `messages` that end with the assistant's, or "
                 "`prompt` and `response`")
-        try:
-            prompt = tokenizer.chat(messages[:-1])
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        answer = tokenizer.encode(last["content"] + tokenizer.end_of_turn) + [eos_id]
+        with at(where):
+            prompt = prompt_ids(messages[:-1], tokenizer, False, mask_id)
+            answer = tokenizer.answer(last["content"]) + [eos_id]
+            no_mask(answer, tokenizer, mask_id, "the response")
         if len(prompt) > max_length - 8:
             dropped += 1
         else:
             examples.append((prompt, answer[:max_length - len(prompt)]))
     require(bool(examples), f"{path} holds no example that fits into {max_length} tokens")
     if dropped:
-        print(f"{dropped} of {dropped + len(examples)} examples have prompts too long for "
-              f"--max-length {max_length} and are left out", file=sys.stderr)
+        note(f"{dropped} of {dropped + len(examples)} examples have prompts too long for "
+             f"--max-length {max_length} and are left out")
     return examples
 
 
@@ -168,18 +149,35 @@ def file_batches(examples: list[tuple[list[int], list[int]]], pad_id: int, size:
     return batch
 
 
+NO_DATASETS = ("preparing the Tulu-3 mixture needs the datasets package: pip install datasets, or "
+               "pass your own --data FILE.jsonl")
+
+
+def tulu_path(seed: int, number: int = 50_000) -> Path:
+    """Where examples of the Tulu-3 SFT mixture, picked by seed, are kept."""
+    return Path("data") / f"tulu3-{number}-seed{seed}.jsonl"
+
+
+def check_source(args) -> None:
+    """Raise an `InputError` before a large checkpoint is loaded to be trained on the Tulu-3 mixture
+    that is not there and cannot be prepared."""
+    published = isinstance(CHECKPOINTS.get(args.ckpt), str)  # none of those names tasks
+    if published and args.data is None and not tulu_path(args.seed).is_file():
+        require(find_spec("datasets") is not None, NO_DATASETS)
+
+
 def tulu(seed: int, number: int = 50_000) -> Path:
     """The paper's data: examples of the Tulu-3 SFT mixture, picked by seed, prepared once through
     the optional `datasets` package and kept as JSONL."""
-    path = Path("data") / f"tulu3-{number}-seed{seed}.jsonl"
+    path = tulu_path(seed, number)
     if not path.is_file():
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise InputError("preparing the Tulu-3 mixture needs the datasets package: pip install "
-                             "datasets, or pass your own --data FILE.jsonl") from error
-        rows = load_dataset("allenai/tulu-3-sft-mixture", split="train")
-        rows = rows.shuffle(seed=seed).select(range(number))
+            raise InputError(NO_DATASETS) from error
+        with slow("downloading the Tulu-3 mixture"):
+            rows = load_dataset("allenai/tulu-3-sft-mixture", split="train")
+            rows = rows.shuffle(seed=seed).select(range(number))
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", encoding="utf-8") as file:

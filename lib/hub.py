@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.cli import InputError, require
-from lib.files import read_json, stored_tensors
+from lib.files import read_json
+from lib.progress import slow
+from lib.tensors import stored_tensors
 
 OURS = Path(__file__).resolve().parents[1] / "checkpoints"
 CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
@@ -22,7 +24,8 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
 }
 WANTED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
           "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-          "added_tokens.json", "special_tokens_map.json"]  # no code, no pickles
+          "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+          "chat_template.json"]  # no code, no pickles
 
 
 def find(ckpt: str | Path) -> Path:
@@ -41,17 +44,43 @@ def find(ckpt: str | Path) -> Path:
             "a folder with config.json and *.safetensors, or a hub id owner/name")
     from huggingface_hub import snapshot_download
     try:
-        folder = snapshot_download(str(target), allow_patterns=WANTED, local_files_only=True)
-        if os.path.isfile(os.path.join(folder, "config.json")) and stored_tensors(Path(folder)):
-            return Path(folder)
+        cached = Path(snapshot_download(str(target), allow_patterns=WANTED, local_files_only=True))
+        if _whole(cached):
+            return cached
     except Exception:  # not whole in the cache: the hub's own errors differ by version
         pass
     try:
-        return Path(snapshot_download(str(target), allow_patterns=WANTED))
+        with slow(f"downloading {target} from the hub"):
+            return Path(snapshot_download(str(target), allow_patterns=WANTED))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot download {target} ({reason}), and there is no such folder; "
                          "a folder with config.json and *.safetensors works too") from error
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the hub's cache holds what a checkpoint needs, a tokenizer included: a download may
+    have ended anywhere, and leave links to what is not there. Raises `InputError` for weights that
+    are not whole."""
+    there = {file.name for file in folder.iterdir() if file.is_file()}
+    parts = {"vocab.json", "merges.txt"} <= there and {"tokenizer_config.json",
+                                                       "added_tokens.json"} & there
+    return "config.json" in there and bool("tokenizer.json" in there or parts) and \
+        all(file.exists() for file in folder.iterdir()) and bool(stored_tensors(folder))
+
+
+def texts_of(folder: Path) -> list[Path]:
+    """The files of a checkpoint but its weights, to be copied. Raises `InputError` for a link that
+    leads elsewhere: a copy would carry off whatever it points to."""
+    root = folder.resolve()
+    home = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache has links
+    found = [folder / name for name in WANTED if not name.endswith(".safetensors")
+             and not name.endswith(".index.json") and os.path.lexists(folder / name)]
+    for file in found:
+        real = file.resolve()
+        require(real.is_relative_to(home) and real.is_file(),
+                f"{file} leads to {real}, which is no file of that checkpoint: put a copy there")
+    return found
 
 
 class Stated(NamedTuple):
@@ -62,10 +91,13 @@ class Stated(NamedTuple):
 
 
 def stated(ckpt: str | Path) -> Stated:
-    """What the checkpoint's generation_config.json states. Raises `InputError`."""
+    """What the checkpoint's generation_config.json states; null is as if it were silent. Raises
+    `InputError` for what is no length and no list of names."""
     file = find(ckpt) / "generation_config.json"
-    raw = read_json(file) if file.is_file() else {}
-    length, tasks = raw.get("max_new_tokens"), raw.get("tasks", [])
+    raw = {k: v for k, v in (read_json(file) if file.is_file() else {}).items() if v is not None}
+    length, tasks = raw.get("max_new_tokens", 128), raw.get("tasks", [])
+    require(type(length) is int and 0 < length <= 2 ** 16, f"{file}: max_new_tokens is {length!r}, "
+            f"not a whole number from 1 to {2 ** 16}")
     require(isinstance(tasks, list) and all(isinstance(name, str) for name in tasks),
             f"{file}: tasks is {tasks!r}, not a list of names")
-    return Stated(length if type(length) is int and length > 0 else 128, tasks)
+    return Stated(length, tasks)

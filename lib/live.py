@@ -3,18 +3,22 @@ JSON lines of a file of prompts."""
 from __future__ import annotations
 
 import functools
-import json
 import random
 import shutil
 import sys
 import time
 import unicodedata
+from collections import deque
 from typing import Callable, TextIO
 
 import torch
 
 from lib.cli import require
-from lib.data import left_pad, read_prompts
+from lib.data import left_pad
+from lib.files import to_json
+from lib.progress import progress, slow
+from lib.prompts import Prompt, prompt_ids, read_prompts
+from lib.terminal import complain, printable
 from lib.tokenizer import Tokenizer
 
 MASK, NEWLINE = "\u2591", "\u23ce"  # how a masked position and, on one line, a line break look
@@ -23,20 +27,22 @@ DIM, FRESH, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
 
 class LiveView:
     """Shows row 0 of a generation denoise. On a terminal every step redraws the same lines: masked
-    positions as a light block, what the step committed in bold green, and a status line beneath.
-    Anywhere else every step is one plain line."""
+    positions as a light block, what the step committed in bold green, and a status line beneath,
+    until `end` takes them away: what fits into a window is not the answer. Anywhere else every step
+    is one plain line."""
 
     def __init__(self, tokenizer: Tokenizer, mask_id: int, eos_id: int, prompt_length: int,
                  stream: TextIO, delay: float = 0.0):
         self.tokenizer, self.mask_id, self.eos_id = tokenizer, mask_id, eos_id
-        self.prompt_length, self.stream, self.terminal = prompt_length, stream, stream.isatty()
+        self.prompt_length, self.terminal = prompt_length, stream.isatty()
+        self.stream = getattr(stream, "unfiltered", stream)  # it moves the cursor on purpose
         self.delay = delay   # seconds to rest after each frame on a terminal
         self.rested = 0.0    # seconds so far, which are none of the model's
         self.drawn = 0       # lines of the last frame
 
     def __call__(self, step) -> None:
         if not self.terminal:
-            text = "".join(t for t, _ in self.runs(step)).replace("\n", NEWLINE)
+            text = "".join(t for t, _ in self.runs(step, False)).replace("\n", NEWLINE)
             print(f"{step.forwards:4d}  {text}", file=self.stream, flush=True)
             return
         size = shutil.get_terminal_size()
@@ -47,6 +53,13 @@ class LiveView:
         self.drawn = len(lines)
         time.sleep(self.delay)
         self.rested += self.delay
+
+    def end(self) -> None:
+        """Take the last frame away; the cursor stands where it began."""
+        if self.drawn:
+            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
+            self.stream.flush()
+        self.drawn = 0
 
     def frame(self, step, columns: int) -> list[str]:
         """The lines of one frame, each at most `columns` wide: the answer, then the status."""
@@ -75,27 +88,23 @@ class LiveView:
                 + figures(answer, self.mask_id, self.eos_id, step.forwards,
                           step.seconds - self.rested))
 
-    def runs(self, step) -> list[tuple[str, str]]:
-        """(text, style) of neighbouring tokens of one kind: masked, fresh or settled. EOS and what
-        follows it is left out once everything before it is settled."""
+    def runs(self, step, marked: bool = True) -> list[tuple[str, str]]:
+        """(text, style) of neighbouring tokens of one kind: masked, fresh (if these are to be
+        marked) or settled. EOS and what follows it is left out once everything before it is
+        settled."""
         ids = step.ids[0, self.prompt_length:].tolist()
         fresh = step.fresh[0, self.prompt_length:].tolist()
         if self.eos_id in ids and self.mask_id not in ids[:ids.index(self.eos_id)]:
             ids = ids[:ids.index(self.eos_id)]
         runs: list[tuple[list[int], str]] = []
         for token, is_fresh in zip(ids, fresh):
-            style = DIM if token == self.mask_id else FRESH if is_fresh else ""
+            style = DIM if token == self.mask_id else FRESH if is_fresh and marked else ""
             if not runs or runs[-1][1] != style:
                 runs.append(([], style))
             runs[-1][0].append(token)
         return [(MASK * len(tokens) if style == DIM
                  else printable(self.tokenizer.decode(tokens, skip_special=True)), style)
                 for tokens, style in runs]
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that would move a terminal's cursor."""
-    return "".join(c if c == "\n" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
 
 
 def count_tokens(answer: torch.Tensor, mask_id: int, eos_id: int) -> int:
@@ -119,17 +128,20 @@ def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int, eos_id: i
 
 # ------------------------------------------------------------------ answers
 def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, special, device,
-                   gen_length: int, tasks: dict, task: str | None, draw: Callable) -> None:
-    """Answer what a command line asks by every variant's `decode(ids, ...)`: the prompts of a file,
-    which go to the last variant alone, a prompt, or a held-out one of a task.
+                   gen_length: int, tasks: dict, task: str | None, draw: Callable) -> int:
+    """Answer what a command line asks by every variant's `decode(ids, ...)`: a prompt, a held-out
+    one of a task, or, where there is one variant, the prompts of a file. Returns the exit code, 1
+    where some of these have errors.
     special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
     task: the name to take where no prompt is given, if there is one. Raises `InputError`."""
     if args.prompts is not None:
+        require(not args.compare, "--compare shows one prompt twice: leave it out with --prompts")
         room = special.max_len - gen_length
-        prompts = read_prompts(args.prompts, tokenizer, args.raw, room)
-        answer_file(list(variants.values())[-1], prompts, tokenizer, special, args.batch_size,
-                    device)
-        return
+        require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "
+                f"{special.max_len} positions")
+        prompts = read_prompts(args.prompts, tokenizer, args.raw, room, special.mask_id)
+        return answer_file(*variants.values(), prompts, tokenizer, special, args.batch_size,
+                           device)
     prompt, check = args.prompt, None
     if prompt is None:
         require(task is not None, f"what should {args.ckpt} answer? Pass --prompt or --prompts")
@@ -137,7 +149,7 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
                 f"{', '.join(tasks)}: pass --prompt or --task")
         prompt, _ = draw(tasks[task], random.Random(args.seed), True)
         check = functools.partial(tasks[task].check, prompt)
-    ids = torch.tensor([tokenizer.prompt(prompt, args.raw)], device=device)
+    ids = torch.tensor([prompt_ids(prompt, tokenizer, args.raw, special.mask_id)], device=device)
     if check and not args.quiet:
         print(prompt, flush=True)
     delay = args.delay if args.delay is not None else 0.08 if check else 0.0
@@ -147,6 +159,7 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         text = show(decode, ids, tokenizer, special, args.quiet, delay)
         if check and not args.quiet:
             print("right" if check(text) else "wrong", flush=True)
+    return 0
 
 
 def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, quiet: bool = False,
@@ -155,28 +168,51 @@ def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, qui
     the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame."""
     mask_id, eos_id = special.mask_id, special.eos_id
     view = None if quiet else LiveView(tokenizer, mask_id, eos_id, ids.shape[1], sys.stdout, delay)
-    sample = decode(ids, on_step=view)
+    forwards = 0
+
+    def on_step(step) -> None:
+        nonlocal forwards
+        forwards = step.forwards
+        if view is not None:
+            if view.terminal:
+                waiting.set()  # from now on the frames say that it goes on
+            view(step)
+
+    with slow("answering", lambda: f", {forwards} forwards") as waiting:
+        sample = decode(ids, on_step=on_step)
     answer = sample.ids[:, ids.shape[1]:]
     text = answer_text(answer[0], tokenizer, mask_id, eos_id)
-    if view is None or not view.terminal:
-        print(text)
-    if view is not None and not view.terminal:
-        print(figures(answer, mask_id, eos_id, sample.forwards, sample.seconds))
+    if view is not None:
+        view.end()
+    print(text)
+    if view is not None:
+        print(figures(answer, mask_id, eos_id, sample.forwards, sample.seconds - view.rested))
     return text
 
 
-def answer_file(decode: Callable, prompts: list[tuple[str | list[dict], list[int]]],
-                tokenizer: Tokenizer, special, batch_size: int, device) -> None:
-    """Answer (prompt, ids) pairs in batches by `decode(ids, pad_mask=...)`, one JSON object a line
-    on stdout. special has mask_id, eos_id and pad_id."""
-    mask_id, eos_id = special.mask_id, special.eos_id
-    for i in range(0, len(prompts), batch_size):
-        batch = prompts[i:i + batch_size]
-        ids, pad = left_pad([row for _, row in batch], special.pad_id, device)
+def answer_file(decode: Callable, prompts: list[Prompt], tokenizer: Tokenizer, special,
+                batch_size: int, device) -> int:
+    """Answer prompts in batches by `decode(ids, pad_mask=...)`, one JSON object a line on stdout,
+    in their order, as of `Prompt`. special has mask_id, eos_id and pad_id. Returns the exit code:
+    1 where a prompt has an error."""
+    mask_id, eos_id, waiting = special.mask_id, special.eos_id, deque(prompts)
+
+    def refuse() -> None:
+        while waiting and waiting[0].error:
+            print(to_json(waiting.popleft().refused()), flush=True)
+
+    good = [prompt.ids for prompt in prompts if not prompt.error]
+    batches = [good[i:i + batch_size] for i in range(0, len(good), batch_size)]
+    for batch in progress(batches, "batches of prompts", bar=not sys.stdout.isatty()):
+        ids, pad = left_pad(batch, special.pad_id, device)
         sample = decode(ids, pad_mask=pad)
-        for (prompt, _), answer in zip(batch, sample.ids[:, ids.shape[1]:]):
-            print(json.dumps({
-                "prompt": prompt, "text": answer_text(answer, tokenizer, mask_id, eos_id),
+        for answer in sample.ids[:, ids.shape[1]:]:
+            refuse()
+            print(to_json(waiting.popleft().answered({
+                "text": answer_text(answer, tokenizer, mask_id, eos_id),
                 "tokens": count_tokens(answer, mask_id, eos_id), "forwards": sample.forwards,
-                "seconds": round(sample.seconds, 4), "batch": len(batch)},
-                ensure_ascii=False), flush=True)
+                "seconds": round(sample.seconds, 4), "batch": len(batch)})), flush=True)
+    refuse()
+    if bad := len(prompts) - len(good):
+        complain(f"{bad} of {len(prompts)} prompts have no answer: their lines say why")
+    return int(bad > 0)

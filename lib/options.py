@@ -2,9 +2,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Callable, Iterable
 
-from lib.cli import DTYPES, Parser, count, listed, number, one_of, seed, whole
+from lib import identity
+from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, seed, size,
+                     whole)
+from lib.data import check_source
+from lib.outputs import input_file, output_folder
+from lib.stats import plot_file
+
+
+rate = number(0, 100, open_low=True)  # of learning
 
 
 def with_text(text: str) -> str:
@@ -20,7 +29,8 @@ def add_model_options(parser, ckpt: str | None = "tiny", compiled: bool = True,
     """--ckpt, of a kind, --device, --dtype and --compile, said the same way by every command."""
     parser.add_argument("--ckpt", type=kind, default=ckpt, required=ckpt is None, help="nickname, "
                         "folder or hub id" + (f" (default: {ckpt})" if ckpt else ""))
-    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    parser.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where there "
+                        "is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the backbone (default: bfloat16 on "
                         "CUDA, else as stored)")
     if compiled:
@@ -36,14 +46,17 @@ def add_decoding_options(parser, orders: Iterable[str]) -> None:
     how.add_argument("--block-length", type=count, help="default: 32, or all if 32 divides not")
     how.add_argument("--steps", type=count, help="denoising steps (default: one token per step)")
     how.add_argument("--order", choices=list(orders), help="default: the family's")
-    how.add_argument("--threshold", type=float, help="commit all that is at least so probable")
+    how.add_argument("--threshold", type=number(0, 1e3), help="commit all that is at least so "
+                     "probable")
     how.add_argument("--cache", choices=("prefix", "dual"), help="Fast-dLLM's approximate caches")
     how.add_argument("--refresh", type=count, help="with --cache: all anew every so many steps")
-    how.add_argument("--temperature", type=float, default=0.0)
-    how.add_argument("--top-p", type=float)
-    how.add_argument("--top-k", type=int)
-    how.add_argument("--alg-temp", type=float, default=0.0, help="draw positions too (Dream)")
-    how.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    how.add_argument("--temperature", type=number(0, 1e3), default=0.0)
+    how.add_argument("--top-p", type=number(0, 1, open_low=True))
+    how.add_argument("--top-k", type=whole(0))
+    how.add_argument("--alg-temp", type=number(0, 1e3), default=0.0, help="draw positions too "
+                     "(Dream)")
+    how.add_argument("--cfg-scale", type=number(0, 1e3), default=0.0, help="classifier-free "
+                     "guidance")
     how.add_argument("--no-early-stop", action="store_true", help="decode what follows EOS too")
 
 
@@ -64,16 +77,17 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     what = p.add_argument_group("what to answer (by default a task that the checkpoint names)")
     what = what.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="a text; a user's message where the model has a chat format")
-    what.add_argument("--prompts", metavar="FILE", help="one prompt a line, text or JSON with "
-                      "`prompt` or `messages`; prints one JSON result a line")
+    what.add_argument("--prompts", type=named, metavar="FILE", help="one prompt a line, text or "
+                      "JSON with `prompt` or `messages`; prints one JSON result a line")
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")
     p.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
     add_model_options(p, kind=with_text)
-    p.add_argument("--memory", metavar="FILE", help="a MetaState memory trained for it")
+    p.add_argument("--memory", type=input_file, metavar="FILE", help="a MetaState memory trained "
+                   "for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
     add_decoding_options(p, orders)
     p.add_argument("--seed", type=seed, default=0, help="of drawn tokens and of --task")
-    p.add_argument("--batch-size", type=count, default=1, help="prompts at a time with --prompts")
+    p.add_argument("--batch-size", type=size, default=1, help="prompts at a time with --prompts")
     p.add_argument("--delay", type=number(0, 60), help="seconds to rest after each frame on a "
                    "terminal (default: 0.08 for tasks, which are solved in a blink, else 0)")
     p.add_argument("--quiet", action="store_true", help="the answer only, no live view")
@@ -83,13 +97,15 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
 def add_data_options(parser, max_length: int = 1024, batch_size: int | None = None,
                      micros: int | None = None) -> None:
     """--data and how much of it is taken at a time, with a command's own defaults."""
-    parser.add_argument("--data", metavar="FILE", help="JSONL with messages, or prompt and "
-                        "response (default: the checkpoint's own tasks, else the Tulu-3 mixture)")
+    parser.checks.append(check_source)
+    parser.add_argument("--data", type=input_file, metavar="FILE", help="JSONL with messages, or "
+                        "prompt and response (default: the checkpoint's own tasks, else the Tulu-3 "
+                        "mixture)")
     parser.add_argument("--max-length", type=count, default=max_length, help="tokens of prompt and "
                         f"response (default: {max_length})")
-    parser.add_argument("--batch-size", type=count, default=batch_size, help="examples per "
+    parser.add_argument("--batch-size", type=size, default=batch_size, help="examples per "
                         f"micro-batch (default: {batch_size or '1 for 8B and 7B, else 8'})")
-    parser.add_argument("--micros", type=count, default=micros, help="micro-batches per update; of "
+    parser.add_argument("--micros", type=size, default=micros, help="micro-batches per update; of "
                         f"tasks, one each (default: {micros or '16 for 8B and 7B, else 4'})")
     parser.add_argument("--seed", type=seed, default=0, help="of the data and of fresh weights")
 
@@ -97,17 +113,18 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
 def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     """What train.py takes."""
     p = Parser(description=doc)
-    p.add_argument("--out", default="out/metastate", help="folder of the run; resumes if killed")
+    p.add_argument("--out", type=output_folder, default="out/metastate", help="folder of the run; "
+                   "resumes if killed")
     add_model_options(p, kind=with_text)
     add_data_options(p)
-    size = p.add_argument_group("memory")
-    size.add_argument("--slots", type=int, help="M (default: 64 for 8B and 7B, else 24)")
-    size.add_argument("--width", type=int, help="D (default: 1024 for 8B and 7B, else d)")
-    size.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")
-    size.add_argument("--no-local", action="store_true", help="ablation: no local attention bias")
+    shape = p.add_argument_group("memory")
+    shape.add_argument("--slots", type=size, help="M (default: 64 for 8B and 7B, else 24)")
+    shape.add_argument("--width", type=size, help="D (default: 1024 for 8B and 7B, else d)")
+    shape.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")
+    shape.add_argument("--no-local", action="store_true", help="ablation: no local attention bias")
     loss = p.add_argument_group("loss")
-    loss.add_argument("--K", type=listed(count), default=[4], help="steps to unroll; of several, "
-                      "as 4,4,24, each micro-batch draws one")
+    loss.add_argument("--K", type=listed(whole(1, 1000)), default=[4, 4, 12],
+                      help="steps to unroll; of several each micro-batch draws one")
     loss.add_argument("--reveal", choices=list(reveals), default="surest", help="which tokens a "
                       "step reveals: any, as published, or the surest (default)")
     loss.add_argument("--lam", type=number(0, 1), default=0.5, help="dense against reveal loss")
@@ -116,8 +133,9 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
     loss.add_argument("--cut", action="store_true", help="ablation: gradients reach one step back")
     how = p.add_argument_group("optimisation")
-    how.add_argument("--steps", type=count, help="updates (default: 3125 for 8B and 7B, else 2400)")
-    how.add_argument("--lr", type=number(0, open_low=True), default=1e-3, help="peak of AdamW")
+    how.add_argument("--steps", type=count, help="updates (default: 3125 for 8B and 7B, else 2400);"
+                     " with more of them a finished run goes on")
+    how.add_argument("--lr", type=rate, default=1e-3, help="peak of AdamW")
     how.add_argument("--warmup", type=whole(0), default=50, help="updates")
     how.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                      help="recompute blocks: less memory (default: for 8B and 7B)")
@@ -136,23 +154,25 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     a.add_argument("--budgets", type=listed(count), default=[1, 2, 4, 8], help="tokens per step")
     a.add_argument("--thresholds", type=listed(number(0, 1, open_low=True), empty=True),
                    default=[0.9999, 0.999, 0.99, 0.9], help='also by confidence; "" for none')
-    a.add_argument("--memory", nargs="*", metavar="FILE", help="memories, one per training seed "
-                   "(default: metastate*.safetensors in the folder of a checkpoint with tasks)")
-    a.add_argument("--reset", nargs="*", metavar="FILE", help="memories of train.py --reset "
-                   "(default: reset*.safetensors there)")
-    a.add_argument("--prompts", type=count, default=500, help="held-out prompts a task")
-    a.add_argument("--plot", metavar="FILE", help="accuracy against forwards (matplotlib)")
+    a.add_argument("--memory", type=input_file, nargs="*", metavar="FILE", help="memories, one per "
+                   "training seed (default: metastate*.safetensors in the folder of a checkpoint "
+                   "with tasks)")
+    a.add_argument("--reset", type=input_file, nargs="*", metavar="FILE", help="memories of "
+                   "train.py --reset (default: reset*.safetensors there)")
+    a.add_argument("--prompts", type=whole(1, 10 ** 5), default=500, help="held-out prompts a task")
+    a.add_argument("--plot", type=plot_file, metavar="FILE", help="accuracy against forwards "
+                   "(matplotlib)")
     s = tables.add_parser("speed", help="steps, generations and training against the limits")
     s.add_argument("--lengths", type=listed(count), default=[128, 256], help="tokens of a "
                    "sequence, comma-separated")
     s.add_argument("--prompt", type=count, default=128, help="tokens to generate from")
     s.add_argument("--gen", type=count, default=64, help="tokens to generate")
     s.add_argument("--block", type=count, default=32, help="tokens of a block")
-    s.add_argument("--threshold", type=number(0), default=0.9)
+    s.add_argument("--threshold", type=number(0, 1e3), default=0.9)
     s.add_argument("--train", type=count, help="also a training step with so many tokens")
-    s.add_argument("--warmup", type=whole(0), default=2, help="runs before those that count, after "
-                   "the very first")
-    s.add_argument("--repeat", type=count, default=5, help="runs that count")
+    s.add_argument("--warmup", type=whole(0, 10 ** 4), default=2, help="runs before those that "
+                   "count, after the very first")
+    s.add_argument("--repeat", type=size, default=5, help="runs that count")
     for each in (a, s):
         add_model_options(each, kind=with_text if each is a else str)
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
@@ -160,8 +180,19 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     return p
 
 
-def run_settings(args: argparse.Namespace, backbone: str) -> dict:
-    """What tells one training from another: the options that change its outcome, and the
-    backbone's fingerprint."""
-    same = ("out", "device", "dtype", "save_every", "eval_every", "checkpointing", "compile")
-    return {**{k: v for k, v in vars(args).items() if k not in same}, "backbone": backbone}
+def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable, *code) -> dict:
+    """What tells one training from another, known by content: the options that change its outcome,
+    the bits of a backbone (with .config and .parameters()), the tokenizer, the data (batch(step,
+    micro) as `lib.data` makes it) and the syntax of code (functions, and classes with all of their
+    module). The number of steps is not among them: a run can be made longer."""
+    same = ("out", "ckpt", "data", "device", "dtype", "steps", "save_every", "eval_every",
+            "checkpointing", "compile", "run")
+    first = [x for micro in range(args.micros) for x in batch(0, micro) if x is not None]
+    file = getattr(args, "data", None)
+    sizes = {k: v for k, v in asdict(backbone.config).items() if k != "dtype"}
+    return {**{k: v for k, v in vars(args).items() if k not in same},
+            "backbone": identity.bits(repr(sizes), backbone.parameters()),
+            "dtype": str(next(backbone.parameters()).dtype),
+            "tokenizer": identity.of_text(tokenizer.core.to_str()),
+            "data": [file and identity.of_file(file), identity.bits("", first)],
+            "code": identity.of_code(*code)}

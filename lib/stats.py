@@ -1,6 +1,7 @@
 """Shares with their intervals and a plot of them; timings beside what the machine can do."""
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
@@ -10,8 +11,10 @@ from typing import Callable
 import numpy as np
 import torch
 
-from lib.cli import InputError
+from lib.cli import InputError, running
 from lib.files import write_atomic
+from lib.outputs import output_file
+from lib.progress import progress, slow
 
 
 # ------------------------------------------------------------------ accuracy
@@ -38,7 +41,7 @@ class Accuracies:
         rng, picks = np.random.default_rng(0), {}  # picks: (of how many, rows) -> shares of each
         for r in right.values():
             picks |= {(r.shape[0], 1): [], (r.shape[3], r.shape[1]): []}
-        for _ in range(draws):
+        for _ in progress(range(draws), "bootstrap", bar=False):
             for (n, rows), drawn in picks.items():
                 drawn.append(rng.multinomial(n, [1 / n] * n, rows) / n)       # (rows, n)
         picks = {key: np.stack(drawn) for key, drawn in picks.items()}        # (draws, rows, n)
@@ -74,6 +77,21 @@ def new_figure(**options):
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from error
     return Figure(**options)
+
+
+def plot_file(text: str) -> str:
+    """The type of a plot's file on the command line: it can be written, and matplotlib is there and
+    has the format that the ending names. It is said now, not after the work."""
+    if not running.get():
+        return text
+    try:
+        known = new_figure().canvas.get_supported_filetypes()
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    kind = Path(text).suffix[1:].lower() or "png"
+    if kind not in known:
+        raise argparse.ArgumentTypeError(f"no plot can be {kind!r}: one of {', '.join(known)}")
+    return output_file(text)
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -137,10 +155,11 @@ def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
     big = clock.device.type == "cuda"
     n = 8192 if big else 1536
     a = torch.randn(n, n, device=clock.device, dtype=dtype)
-    product = 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
     source = torch.empty(2 ** (30 if big else 27), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
+    with slow("measuring a matrix product and a copy"):
+        product = 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
+        return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
 
 
 class Timings:
@@ -161,7 +180,8 @@ class Timings:
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        row = {"what": what, **self.clock(work), "flops": flops, "bytes": moved}
+        with slow(what):
+            row = {"what": what, **self.clock(work), "flops": flops, "bytes": moved}
         seconds, rates = row["seconds"], []
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
         row.update(forwards=forwards() if callable(forwards) else forwards, tokens=tokens,

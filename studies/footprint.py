@@ -10,7 +10,6 @@ themselves comes on top.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import weakref
 from itertools import product
@@ -21,7 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib.cli import Parser, command, count, listed
+from lib.cli import Parser, command, count, listed, require, whole
+from lib.files import to_json
+from lib.progress import progress
 from metastate import MetaState
 from model import Config, config_of, unfilled
 from sample import denoise
@@ -74,7 +75,7 @@ def update_bytes(config: Config, tokens: int, K: int, checkpointing: bool) -> tu
                 total = total + token_losses(backbone, h, where).mean()
             del state, h  # what followed the last step: nothing needs it
             total.backward()
-        gradients = sum(p.grad.nbytes for p in memory.parameters())
+        gradients = sum(p.grad.nbytes for p in memory.parameters() if p.grad is not None)
     own = sum(p.nbytes for p in memory.parameters())
     return sum(p.nbytes for p in backbone.parameters()), 4 * own, alive.peak - gradients
 
@@ -86,7 +87,7 @@ def parser() -> Parser:
     p.add_argument("--ckpt", default="llada-8b", help="only its config is read; the published "
                    "nicknames need no download (default: llada-8b)")
     p.add_argument("--tokens", type=listed(count), default=[512, 1024], help="of a sequence")
-    p.add_argument("--K", type=listed(count), default=[4], help="unrolled steps")
+    p.add_argument("--K", type=listed(whole(1, 1000)), default=[4], help="unrolled steps")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return p
 
@@ -94,9 +95,12 @@ def parser() -> Parser:
 def table(args: argparse.Namespace) -> None:
     """Print what a training update takes, by length, steps and checkpointing."""
     config, rows = config_of(args.ckpt), []
+    require(max(args.tokens) <= config.max_len, f"{max(args.tokens)} tokens are more than the "
+            f"model's {config.max_len}")
     print("| tokens | K | checkpointing | backbone | memory and AdamW | activations, peak | "
           "together, GB |\n|---|---|---|---|---|---|---|")
-    for tokens, K, checkpointing in product(args.tokens, args.K, (False, True)):
+    work = list(product(args.tokens, args.K, (False, True)))
+    for tokens, K, checkpointing in progress(work, "sizes", bar=False):
         parts = update_bytes(config, tokens, K, checkpointing)
         rows.append({"tokens": tokens, "K": K, "checkpointing": checkpointing, "bytes": parts})
         print(f"| {tokens} | {K} | {'on' if checkpointing else 'off'} | " + " | ".join(
@@ -104,7 +108,7 @@ def table(args: argparse.Namespace) -> None:
     print(f"\n{args.ckpt}, one sequence, bfloat16; counted on fake tensors, without what a "
           "device's allocator and kernels need for themselves")
     if args.json:
-        print(json.dumps({"ckpt": args.ckpt, "rows": rows}))
+        print(to_json({"ckpt": args.ckpt, "rows": rows}))
 
 
 @command

@@ -26,14 +26,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bench import solve
-from lib.cli import Parser, command, count, listed, number, one_of, require, seed
+from lib.cli import Parser, command, count, listed, named, one_of, require, seed, size
 from lib.data import choose_data, move, task_batches
-from lib.files import parse_json, read_lines, write_atomic, write_text
-from lib.hub import find, stated
-from lib.options import add_data_options, add_model_options
+from lib.files import to_json, write_atomic, write_text
+from lib.hub import find, stated, texts_of
+from lib.metrics import read_metrics
+from lib.options import add_data_options, add_model_options, rate, run_settings
+from lib.outputs import output_folder
+from lib.progress import progress, slow
 from lib.run import local_device, processes
 from lib.stats import Accuracies, Clock
 from lib.tokenizer import needed
@@ -51,9 +53,8 @@ from train import fit
 def write_folder(backbone: Backbone, source: Path, out: Path, settings: Settings) -> None:
     """A checkpoint that `load` reads, with the config and tokenizer of `source`, and the settings
     of its fast weights, which themselves are nothing that lasts."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
-            write_atomic(out / file.name, partial(shutil.copyfile, file))
+    for file in texts_of(source):
+        write_atomic(out / file.name, partial(shutil.copyfile, file))
     write_text(out / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
     save(backbone, out / "model.safetensors")
 
@@ -65,6 +66,7 @@ def train(args: argparse.Namespace) -> None:
     source, out = find(args.ckpt), Path(args.out)
     require(out.resolve() != source.resolve(),
             f"--out {out} is the checkpoint to start from: pass another folder")
+    texts_of(source)  # what cannot be copied is said now
     backbone, tokenizer = load(source, local_device(args.device), args.dtype or (
         "float32" if args.tune == "full" else None))
     tokenizer = needed(tokenizer, args.ckpt)
@@ -78,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
                     args.seed)
         slow.attach()
         parameters = slow.weights
-    fast, start = FastLoRA(backbone, settings), backbone.fingerprint()
+    fast = FastLoRA(backbone, settings)
     if processes()[0] == 0:
         print(f"{sum(p.numel() for p in parameters.values()):,} slow weights, "
               f"{sum(p.numel() for p in fast.weights.values()):,} fast ones in layers {fast.first} "
@@ -103,12 +105,11 @@ def train(args: argparse.Namespace) -> None:
         fast.detach()
         return {"held_out": off, "held_out_adapted": on}
 
-    kept = {k: v for k, v in vars(args).items() if k not in (
-        "out", "device", "dtype", "save_every", "eval_every", "checkpointing", "run")}
     fit(parameters, lambda step, micro: loss_of(step, micro, False, not args.plain), out,
         steps=args.steps, lr=args.lr or (2e-5 if c.large else 3e-4),
         warmup=max(1, args.steps // 10), micros=args.micros, save_every=args.save_every,
-        eval_every=args.eval_every, evaluate=evaluate, settings={**kept, "backbone": start})
+        eval_every=args.eval_every, evaluate=evaluate,
+        settings=run_settings(args, backbone, tokenizer, batch, FastLoRA))
     fast.detach()
     if processes()[0] == 0:
         if slow is not None:
@@ -118,12 +119,12 @@ def train(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------ sample
-def sample(args: argparse.Namespace) -> None:
+def sample(args: argparse.Namespace) -> int:
     """sample.py with the prompt stored in fast weights first."""
     require(not args.compile, "--compile does not go with fast weights: leave it out")
     args.compile = False  # they come and go, and compiled code would not see them
     settings = Settings.read(args.fast_weights or args.ckpt)
-    answer(args, partial(generate_adapted, settings=settings, seed=args.seed))
+    return answer(args, partial(generate_adapted, settings=settings, seed=args.seed))
 
 
 # ------------------------------------------------------------------ bench
@@ -142,7 +143,7 @@ def bench(args: argparse.Namespace) -> None:
     shape = (len(args.kinds), len(args.lengths), args.prompts)
     right = {v: np.zeros((len(groups[group]), *shape)) for v, (group, _) in variants.items()}
     work = [(i, j) for i in range(len(args.kinds)) for j in range(len(args.lengths))]
-    for i, j in tqdm(work, disable=None):
+    for i, j in progress(work, "kinds and lengths"):
         task = Haystack(args.lengths[j], *KINDS[args.kinds[i]])
         rng = random.Random(f"{args.seed} {args.kinds[i]} {args.lengths[j]}")
         prompts = [draw(task, rng, held_out=True)[0] for _ in range(args.prompts)]
@@ -171,9 +172,9 @@ def bench(args: argparse.Namespace) -> None:
     costs = print_costs(args, models["standard"][0], settings["MemDLM"], answer_length,
                         steps)
     if args.json:
-        print(json.dumps({"seed": args.seed, "prompts": args.prompts, "steps": steps,
-                          "groups": groups, "rows": rows, "leads": leads, "held_out": curves,
-                          "costs": costs}))
+        print(to_json({"seed": args.seed, "prompts": args.prompts, "steps": steps,
+                       "groups": groups, "rows": rows, "leads": leads, "held_out": curves,
+                       "costs": costs}))
 
 
 def print_leads(measured: Accuracies, variants: list[str], every: list[int],
@@ -199,8 +200,9 @@ def held_out_curves(groups: dict[str, list[str]], most: int = 10) -> list[dict]:
         runs = []
         for folder in folders:
             path = Path(folder) / "metrics.jsonl"
-            lines = [parse_json(text, where) for where, text in read_lines(path)]
-            runs.append({line["step"]: line for line in lines if "held_out" in line})
+            runs.append({line["step"]: line for line in read_metrics(path)
+                         if "held_out" in line and "held_out_adapted" in line})
+            require(bool(runs[-1]), f"{path} holds no held-out losses")
         steps = sorted(set.intersection(*map(set, runs)))
         for step in steps:
             for key in ("held_out", "held_out_adapted"):
@@ -249,7 +251,8 @@ def print_costs(args: argparse.Namespace, model: tuple[Backbone, Tokenizer], set
             for chosen in (None, settings))))
     print("\n| what | standard, ms | with fast weights, ms | times as long |\n|---|---|---|---|")
     for what, plain, with_fast in works:
-        off, on = clock(plain), clock(with_fast)
+        with slow(what):
+            off, on = clock(plain), clock(with_fast)
         fast.detach()
         rows.append({"what": what, "standard": off, "fast": on,
                      "relative": on["seconds"] / off["seconds"]})
@@ -272,8 +275,8 @@ def parser() -> Parser:
     q = commands.add_parser("sample", help="write with the prompt stored in fast weights",
                             parents=[sample_parser()], conflict_handler="resolve")
     q.set_defaults(run=sample)
-    q.add_argument("--fast-weights", metavar="FOLDER", help="of the settings (default: the "
-                   "checkpoint's, else the published ones)")
+    q.add_argument("--fast-weights", type=named, metavar="FOLDER", help="of the settings "
+                   "(default: the checkpoint's, else the published ones)")
     q = commands.add_parser("bench", help="fast weights off and on: accuracy, losses, cost")
     q.set_defaults(run=bench)
     add_bench_options(q)
@@ -282,8 +285,8 @@ def parser() -> Parser:
 
 def add_train_options(p: Parser) -> None:
     """What is trained on what, the outer loop, and the inner one."""
-    p.add_argument("--out", default="out/memdlm", help="folder of the run and of the checkpoint it "
-                   "makes; resumes if killed")
+    p.add_argument("--out", type=output_folder, default="out/memdlm", help="folder of the run and "
+                   "of the checkpoint it makes; resumes if killed")
     add_model_options(p, "haystack", compiled=False)
     add_data_options(p, max_length=4096, batch_size=16, micros=1)
     slow = p.add_argument_group("outer loop")
@@ -292,10 +295,10 @@ def add_train_options(p: Parser) -> None:
                       "float32, if --dtype says no other)")
     slow.add_argument("--plain", action="store_true", help="control: no fast weights, all else "
                       "equal")
-    slow.add_argument("--slow-rank", type=count, default=32, help="of the slow LoRA; alpha is "
+    slow.add_argument("--slow-rank", type=size, default=32, help="of the slow LoRA; alpha is "
                       "twice")
     slow.add_argument("--steps", type=count, default=2000, help="updates")
-    slow.add_argument("--lr", type=number(0, open_low=True), help="peak of AdamW (default: 2e-5 as "
+    slow.add_argument("--lr", type=rate, help="peak of AdamW (default: 2e-5 as "
                       "published for 8B and 7B, else 3e-4); a tenth of the run is warm-up")
     slow.add_argument("--checkpointing", action="store_true", help="recompute blocks: less memory")
     slow.add_argument("--save-every", type=count, default=100)
@@ -314,23 +317,24 @@ def add_train_options(p: Parser) -> None:
 
 def add_bench_options(p: Parser) -> None:
     """Which runs are compared, and on what."""
-    p.add_argument("--standard", nargs="+", metavar="FOLDER", required=True,
+    p.add_argument("--standard", type=named, nargs="+", metavar="FOLDER", required=True,
                    help="what train --plain wrote, one folder per training seed")
-    p.add_argument("--memdlm", nargs="+", metavar="FOLDER", required=True, help="without --plain")
+    p.add_argument("--memdlm", type=named, nargs="+", metavar="FOLDER", required=True,
+                   help="without --plain")
     p.add_argument("--also", type=_group, action="append", default=[], metavar="NAME=FOLDER,...",
                    help="further groups: ablations, standard at equal compute")
     p.add_argument("--kinds", type=listed(one_of(KINDS, "kind")), default=list(KINDS),
                    help="comma-separated")
     p.add_argument("--lengths", type=listed(_length), default=list(LENGTHS),
                    help="tokens of a haystack")
-    p.add_argument("--prompts", type=count, default=200, help="held-out prompts a kind and length")
+    p.add_argument("--prompts", type=size, default=200, help="held-out prompts a kind and length")
     p.add_argument("--steps", type=count, help="denoising steps (default: one token per step)")
     p.add_argument("--train-length", type=_length, default=64, help="haystack of the timed step")
-    p.add_argument("--batch-size", type=count, default=16, help="of the timed training step")
-    p.add_argument("--repeat", type=count, default=5, help="timed runs that count")
+    p.add_argument("--batch-size", type=size, default=16, help="of the timed training step")
+    p.add_argument("--repeat", type=size, default=5, help="timed runs that count")
     p.add_argument("--seed", type=seed, default=0, help="picks the prompts")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    p.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where there is one)")
 
 
 def _length(text: str) -> int:
@@ -345,14 +349,14 @@ def _group(text: str) -> tuple[str, list[str]]:
     name, _, folders = text.partition("=")
     if not name or not folders:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER,FOLDER,...")
-    return name, folders.split(",")
+    return name, listed(named)(folders)
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     """Train, sample or compare, as the command line says."""
     args = parser().parse_args(argv)
-    args.run(args)
+    return args.run(args)
 
 
 if __name__ == "__main__":

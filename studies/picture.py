@@ -21,8 +21,11 @@ import torch
 from lib.cli import InputError, Parser, command, count, one_of, seed
 from lib.files import write_text
 from lib.hub import stated
-from lib.live import NEWLINE, answer_text, printable
+from lib.live import NEWLINE, answer_text
 from lib.options import add_model_options
+from lib.outputs import input_file, output_file
+from lib.progress import progress
+from lib.terminal import printable
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState
 from model import Backbone, load
@@ -171,13 +174,14 @@ def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
     add_model_options(p, compiled=False)
-    p.add_argument("--memory", metavar="FILE", required=True, help="a MetaState memory trained for "
-                   "it")
+    p.add_argument("--memory", type=input_file, metavar="FILE", required=True,
+                   help="a MetaState memory trained for it")
     p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
     p.add_argument("--steps", type=count, default=6, help="denoising steps")
     p.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that is "
                    "solved with the memory only)")
-    p.add_argument("--out", default="docs/denoising.svg")
+    p.add_argument("--out", type=output_file, metavar="FILE", default="out/denoising.svg",
+                   help="default: out/denoising.svg")
     return p
 
 
@@ -188,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     tokenizer, length = needed(tokenizer, args.ckpt), stated(args.ckpt).length
     memory = MetaState.load(args.memory, backbone)
-    for chosen in range(SEEDS) if args.seed is None else [args.seed]:
+    for chosen in progress(range(SEEDS) if args.seed is None else [args.seed], "prompts"):
         prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
         panels = both(backbone, tokenizer, find_task(args.task), prompt, length, args.steps, memory)
         if args.seed is not None or [what.right for what in panels] == [False, True]:

@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, trainers
 
-from lib.cli import Parser, command, count, device_of, number, one_of, seed
+from lib.cli import Parser, command, count, device_of, named, one_of, seed, size
 from lib.data import Batch, move, task_batch
-from lib.files import write_atomic, write_text
+from lib.files import write_text
+from lib.options import rate, run_settings
+from lib.outputs import output_folder
 from lib.published import config_fields
 from lib.run import local_device, processes
 from model import Backbone, Config, Tokenizer, load, rotate, save
@@ -110,7 +112,7 @@ def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path,
     for name, fields in (("config.json", build_config(tokenizer, **changes)),
                          ("generation_config.json", stated)):
         write_text(folder / name, json.dumps(fields, indent=2) + "\n")
-    write_atomic(folder / "tokenizer.json", lambda p: tokenizer.core.save(str(p)))
+    write_text(folder / "tokenizer.json", tokenizer.core.to_str(pretty=True))
     save(backbone, folder / "model.safetensors")
 
 
@@ -192,11 +194,11 @@ def pretrain(args: argparse.Namespace) -> None:
     asked = {k: Haystack(SHORT[-1], *KINDS[k]) for k in KINDS} if hay else {
         name: TASKS[name] for name in PUZZLES}
     names = [*asked, "text"] if hay else [*asked]
+    args.micros = len(names)
 
-    def loss_fn(step: int, micro: int):  # one task per micro-batch: no padding
-        name, generator = names[micro], torch.Generator()
-        rng = random.Random(f"{args.seed} {step} {micro}")
-        generator.manual_seed(rng.getrandbits(60))
+    def batch(step: int, micro: int) -> Batch:  # one task per micro-batch: no padding
+        name, rng = names[micro], random.Random(f"{args.seed} {step} {micro}")
+        rng.getrandbits(60)  # the masks'
         task = (short_haystack if hay else puzzle)(name, step, rng)
         # a quarter of the steps has a longer tail of EOS, so that other lengths work too
         length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
@@ -206,7 +208,12 @@ def pretrain(args: argparse.Namespace) -> None:
         if name == "text":  # masks anywhere, as in LLaDA's own pretraining: nothing but answer
             text = torch.cat(data[:2], 1)
             data = text[:, :0], text, None
-        loss = llada_loss(backbone, *move(data, device), generator)
+        return data
+
+    def loss_fn(step: int, micro: int):
+        name, rng = names[micro], random.Random(f"{args.seed} {step} {micro}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        loss = llada_loss(backbone, *move(batch(step, micro), device), generator)
         # our choice: most of a text is filler, which nobody can guess
         return loss * (0.1 if name == "text" else 1), {name: loss.item()}
 
@@ -223,8 +230,8 @@ def pretrain(args: argparse.Namespace) -> None:
     out = Path(args.out)
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
         lr=args.lr, schedule=partial(trapezoids, stage=0 if hay else STAGE), warmup=200, clip=0.25,
-        micros=len(names), evaluate=evaluate,
-        settings={k: getattr(args, k) for k in ("command", "batch_size", "lr", "seed")})
+        micros=args.micros, evaluate=evaluate,
+        settings=run_settings(args, backbone, tokenizer, batch, Backbone, llada_loss))
     if processes()[0] == 0:
         write_folder(backbone, tokenizer, out, HAYSTACK_TASKS if hay else PUZZLES, **changes)
         print(f"wrote {out}, {config.parameters:,} parameters")
@@ -248,18 +255,19 @@ def parser() -> Parser:
             ("haystack", 2000, "short haystacks, from checkpoints/tiny on")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=pretrain)
-        q.add_argument("--out", required=True, help="folder of the checkpoint it writes; resumes "
-                       "if killed")
+        q.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint "
+                       "it writes; resumes if killed")
         q.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
-        q.add_argument("--batch-size", type=count, default=32, help="examples per micro-batch, of "
+        q.add_argument("--batch-size", type=size, default=32, help="examples per micro-batch, of "
                        "chain and follow; of the others half as many (default: 32)")
-        q.add_argument("--lr", type=number(0, open_low=True), default=6e-4, help="peak of AdamW")
+        q.add_argument("--lr", type=rate, default=6e-4, help="peak of AdamW")
         q.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")
-        q.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+        q.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where "
+                       "there is one)")
     q = commands.add_parser("show", help="print held-out examples")
     q.set_defaults(run=show)
     q.add_argument("task", type=one_of(TASKS, "task"), metavar="TASK", help=", ".join(TASKS))
-    q.add_argument("--number", type=count, default=3, help="how many (default: 3)")
+    q.add_argument("--number", type=size, default=3, help="how many (default: 3)")
     q.add_argument("--seed", type=seed, default=0, help="picks them")
     return p
 

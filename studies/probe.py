@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
 import shutil
@@ -30,13 +29,18 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
-from lib.cli import Parser, command, count, one_of, require, seed
-from lib.data import read_prompts, task_batch
-from lib.files import read_text
+from lib.checks import finite
+from lib.cli import Parser, command, count, named, one_of, require, seed, size, whole
+from lib.data import task_batch
+from lib.files import read_text, to_json
 from lib.hub import CHECKPOINTS, Stated, stated
-from lib.live import NEWLINE, printable
+from lib.live import NEWLINE
 from lib.options import add_model_options
-from lib.stats import new_figure, save_figure
+from lib.outputs import input_file
+from lib.progress import progress, slow
+from lib.prompts import Prompt, prompt_ids, read_prompts
+from lib.stats import new_figure, plot_file, save_figure
+from lib.terminal import complain, printable
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState
 from model import Backbone, Config, load
@@ -94,7 +98,7 @@ def probe_after(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int, aft
         where = P + (ids[0, P:] == c.mask_id).nonzero()[:, 0]                      # (n,)
         h, state = denoise(backbone, ids, where[None], memory=memory, state=state,
                            span=(P, n_masks))                                      # (1, n, d)
-        logits = backbone.logits(h).float()                                        # (1, n, V)
+        logits = finite("the model's logits", backbone.logits(h).float())          # (1, n, V)
         if step < after:
             count = n_masks // steps + (step < n_masks % steps)
             chosen = torch.randperm(len(where), generator=generator)[:count].to(device)
@@ -133,14 +137,14 @@ def metrics(probabilities: torch.Tensor, eos_id: int, unigram: torch.Tensor | No
     for name, value in (("tv", (p[1:] - p[:-1]).abs().sum(-1) / 2),
                         ("same", (best[1:] == best[:-1]).to(p))):
         found[name] = torch.cat([value.masked_fill(apart, torch.nan), nan])
-    return {name: value.double().cpu().numpy() for name, value in found.items()}
+    return {name: value.cpu().double().numpy() for name, value in found.items()}
 
 
 def visible(tokenizer: Tokenizer, token: int) -> str:
     """One token, so that spaces, line ends, specials and parts of a character can be seen."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:  # part of a character, or no token: the vocabulary's spelling
-        return tokenizer.core.id_to_token(token) or f"#{token}"
+        text = tokenizer.core.id_to_token(token) or f"#{token}"
     return printable(text).replace(" ", "␣").replace("\n", NEWLINE)
 
 
@@ -285,7 +289,7 @@ def outcomes(backbone: Backbone, ids: torch.Tensor, counts: Sequence[int],
     for count in counts:
         where = (ids == mask_id).nonzero()[:, 1].view(len(ids), -1)               # (N, n)
         h, state = denoise(backbone, ids, where, memory=memory, state=state, span=span)
-        logits = backbone.logits(h).float()                                       # (N, n, V)
+        logits = finite("the model's logits", backbone.logits(h).float())         # (N, n, V)
         logits[..., mask_id] = -torch.inf
         p, branches = torch.softmax(logits.double(), -1), []                      # (N, n, V)
         subsets = list(itertools.combinations(range(where.shape[1]), count))
@@ -325,16 +329,17 @@ def trap_row(backbone: Backbone, memory: MetaState | None, counts: Sequence[int]
 def trap(args: argparse.Namespace) -> None:
     """Fit the model and its memory, and print the table."""
     started = time.perf_counter()
-    backbone = trap_model(args.seed)
-    between = time.perf_counter()
-    memory = trap_memory(backbone, args.seed)
+    with slow("fitting a model and a memory"):
+        backbone = trap_model(args.seed)
+        between = time.perf_counter()
+        memory = trap_memory(backbone, args.seed)
     seconds = between - started, time.perf_counter() - between
     rows = [trap_row(backbone, used, counts, args.samples, args.seed)
             for used in (None, memory) for counts in SCHEDULES.values()]
     rows.insert(2, trap_row(backbone, None, (1, 2)))
     if args.json:
         for row in rows:
-            print(json.dumps(row))
+            print(to_json(row))
         return
     print(f"{' / '.join(SENTENCES)}: a model fitted in {seconds[0]:.1f} s, a memory in "
           f"{seconds[1]:.1f} s\n\n{'':31}never seen in the data       KL(data || samples), nats\n"
@@ -362,29 +367,32 @@ def parser() -> Parser:
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="a text; a user's message where the model has a chat "
                         "format")
-    source.add_argument("--prompts", metavar="FILE", help="one prompt a line, text or JSON with "
-                        "`prompt` or `messages`")
+    source.add_argument("--prompts", type=named, metavar="FILE", help="one prompt a line, text or "
+                        "JSON with `prompt` or `messages`")
     source.add_argument("--task", type=one_of(TASKS, "task"), help="held-out prompts of this task")
     source.add_argument("--trap", action="store_true", help="the marginal trap instead, on the CPU")
-    what.add_argument("--number", type=count, default=1, help="how many of the task's (default: 1)")
+    what.add_argument("--number", type=size, default=1, help="how many of the task's (default: 1)")
     what.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
     what.add_argument("--n-masks", type=count, help="masks behind the prompt (default: 128, or "
                       "what the model's length leaves)")
     what.add_argument("--samples", type=count, default=10_000, help="with --trap: to draw")
     what.add_argument("--seed", type=seed, default=0, help="of --task, --after and --trap")
     add_model_options(p, compiled=False)
-    p.add_argument("--memory", metavar="FILE", help="a MetaState memory: off and on")
-    p.add_argument("--after", type=int, help="denoising steps before the probe (default: 0, with "
-                   "--memory half of them)")
+    p.add_argument("--memory", type=input_file, metavar="FILE",
+                   help="a MetaState memory: off and on")
+    p.add_argument("--after", type=whole(0), help="denoising steps before the probe (default: 0, "
+                   "with --memory half of them)")
     p.add_argument("--steps", type=count, help="denoising steps that would fill all masks "
                    "(default: one token per step)")
     show = p.add_argument_group("output")
-    show.add_argument("--topk", type=count, default=3, help="tokens shown at a position "
+    show.add_argument("--topk", type=size, default=3, help="tokens shown at a position "
                       "(default: 3)")
-    show.add_argument("--unigram", metavar="FILE", help="a text to compare with (default: answers "
-                      "of the checkpoint's tasks; where it has none, top-20 and KL are left out)")
+    show.add_argument("--unigram", type=input_file, metavar="FILE", help="a text to "
+                      "compare with (default: answers of the checkpoint's tasks; where it has "
+                      "none, top-20 and KL are left out)")
     show.add_argument("--json", action="store_true", help="JSON lines: a prompt each, then means")
-    show.add_argument("--plot", metavar="FILE", help="curves by distance (matplotlib)")
+    show.add_argument("--plot", type=plot_file, metavar="FILE",
+                      help="curves by distance (matplotlib)")
     return p
 
 
@@ -400,14 +408,15 @@ def tasks_of(ckpt: str) -> Stated:
 
 
 def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer, tasks: list[str],
-               room: int) -> list[tuple[str | list[dict], list[int]]]:
-    """(prompt, ids) of everything that the command line asks about."""
+               room: int, mask_id: int) -> list[Prompt]:
+    """Everything that the command line asks about, faulty lines of a file included."""
     if args.prompts is not None:
-        return read_prompts(args.prompts, tokenizer, args.raw, room)
+        return read_prompts(args.prompts, tokenizer, args.raw, room, mask_id)
     texts, rng = [args.prompt], random.Random(args.seed)
     if args.prompt is None:
         texts = [draw(args.task or tasks[0], rng, held_out=True)[0] for _ in range(args.number)]
-    return [(text, tokenizer.prompt(text, args.raw)) for text in texts]
+    return [Prompt({"prompt": text}, prompt_ids(text, tokenizer, args.raw, mask_id))
+            for text in texts]
 
 
 def unigram_for(args: argparse.Namespace, tokenizer: Tokenizer, c: Config,
@@ -436,20 +445,33 @@ def record_of(tokenizer: Tokenizer, distance: torch.Tensor, p: torch.Tensor, top
                 distance.tolist(), top.indices.tolist(), top.values.tolist()))]
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Probe what the command line asks for, and print it."""
+def good_ones(prompts: list[Prompt], as_json: bool) -> list[Prompt]:
+    """The prompts that can be probed; what is wrong with the others is said, on stdout as JSON or
+    on stderr."""
+    for prompt in prompts:
+        if prompt.error and as_json:
+            print(to_json(prompt.refused()))
+        elif prompt.error:
+            complain(prompt.error)
+    return [prompt for prompt in prompts if not prompt.error]
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Probe what the command line asks for, and print it. Returns the exit code, 1 where some
+    prompts of a file have errors."""
     known, asked = tasks_of(args.ckpt), (args.prompt, args.prompts, args.task)
     require(bool(known.tasks) or any(x is not None for x in asked),
             f"what should {args.ckpt} be asked? Pass --prompt, --prompts or --task")
-    if args.plot:
-        new_figure()  # what is missing is said now
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     c, tokenizer = backbone.config, needed(tokenizer, args.ckpt)
     require((args.n_masks or 1) < c.max_len, f"--n-masks {args.n_masks} leaves no room for a "
             f"prompt in the model's {c.max_len} positions")
-    prompts = prompts_of(args, tokenizer, known.tasks, c.max_len - (args.n_masks or 1))
+    lines = prompts_of(args, tokenizer, known.tasks, c.max_len - (args.n_masks or 1), c.mask_id)
+    prompts = good_ones(lines, args.json)
+    if not prompts:
+        return 1
     # the same for all, because what a position gets depends on how many masks follow
-    n = args.n_masks or max(1, min(128, c.max_len - max(len(ids) for _, ids in prompts)))
+    n = args.n_masks or max(1, min(128, c.max_len - max(len(prompt.ids) for prompt in prompts)))
     steps = args.steps or n
     after = args.after if args.after is not None else steps // 2 if args.memory else 0
     variants = {"memory off": None, "memory on": MetaState.load(args.memory, backbone)} \
@@ -463,25 +485,26 @@ def measure(args: argparse.Namespace) -> None:
             + "; spread over prompts in brackets" * (len(prompts) > 1) + "\n"
             + LEGEND.format(unigram=source))
     measured: dict[str, dict[str, list[np.ndarray]]] = {variant: {} for variant in variants}
-    for (i, (prompt, ids)), variant in itertools.product(enumerate(prompts), variants):
+    work = list(itertools.product(enumerate(prompts), variants))
+    for (i, prompt), variant in progress(work, "prompts", bar=len(prompts) > 1 and not args.json):
         bits = random.Random(f"{args.seed} {i}").getrandbits(60)  # off and on: the same
-        distance, p = probe_after(backbone, ids, n, after, variants[variant], steps,
+        distance, p = probe_after(backbone, prompt.ids, n, after, variants[variant], steps,
                                   torch.Generator().manual_seed(bits))
         found = metrics(p, c.eos_id, unigram, distance)
         for name, values in found.items():
             row = np.full(n, np.nan)
             row[distance.cpu().numpy() - 1] = values
             measured[variant].setdefault(name, []).append(row)
-        record = {"prompt": prompt, "prompt_tokens": len(ids), **common,
+        record = {"prompt_tokens": len(prompt.ids), **common,
                   "memory": variants[variant] is not None,
                   "positions": record_of(tokenizer, distance, p, args.topk, found)}
         if args.json:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print(to_json(prompt.answered(record)), flush=True)
         elif len(prompts) == 1:
             print(variant + "\n" * bool(variant), end="")
             print_tokens(record)
     if args.json:
-        print(json.dumps({
+        print(to_json({
             "prompts": len(prompts), **common, "paper": ["top", *PAPER], "ours": list(OURS),
             "unigram": None if unigram is None else source,
             "by_distance": {
@@ -491,15 +514,16 @@ def measure(args: argparse.Namespace) -> None:
         print_summary(measured)
     if args.plot:
         plot(measured, args.plot)
+    return int(len(prompts) < len(lines))
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     """Probe what the command line asks for, or show the trap."""
     args = parser().parse_args(argv)
     require(not (args.trap and (args.memory or args.plot)), "--trap trains a memory of its own and "
             f"has no plot: leave out {'--memory' if args.memory else '--plot'}")
-    (trap if args.trap else measure)(args)
+    return (trap if args.trap else measure)(args)
 
 
 if __name__ == "__main__":

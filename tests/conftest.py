@@ -24,7 +24,7 @@ import sample  # noqa: E402  (the path comes first)
 from lib.cli import InputError  # noqa: E402
 from lib.published import config_fields  # noqa: E402
 from metastate import MetaState  # noqa: E402
-from model import Backbone, Config, load, save  # noqa: E402
+from model import Backbone, Config, Tokenizer, load, save  # noqa: E402
 from train import fit  # noqa: E402
 
 torch.set_num_threads(1)  # the models are small: two threads on busy cores wait for each other
@@ -145,6 +145,15 @@ def small_checkpoint(folder: Path, seed: int = 0, **config) -> Path:
     backbone = Backbone(Config(**config_fields(raw))).initialise(seeded(seed))
     save(backbone, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session", name="tokenizers")
+def chat_tokenizers() -> dict[str, Tokenizer]:
+    """Byte-level tokenizers with the chat markers of either family."""
+    markers = {"dream": "<|im_start|> <|im_end|>",
+               "llada": "<|startoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|>"}
+    return {name: Tokenizer(byte_tokenizer({m: 256 + i for i, m in enumerate(found.split())}, 256))
+            for name, found in markers.items()}
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""Prompts and training examples: what is read from files and tasks, and the batches that are made
-of it, which depend on the step alone."""
+"""Training examples: what is read from files and tasks, and the batches that are made of it, which
+depend on the step alone."""
 from __future__ import annotations
 
 import json
@@ -11,11 +11,11 @@ from typing import Callable
 
 import pytest
 import torch
-from conftest import EOS_ID, byte_tokenizer
+from conftest import EOS_ID, MASK_ID, byte_tokenizer
 
 from lib.cli import InputError
-from lib.data import (choose_data, file_batches, left_pad, move, read_examples, read_prompts,
-                      task_batch, task_batches, tulu)
+from lib.data import (choose_data, file_batches, left_pad, move, read_examples, task_batch,
+                      task_batches, tulu)
 from lib.tokenizer import Tokenizer
 from model import load
 from tasks import TASKS, draw, is_held_out
@@ -35,15 +35,6 @@ def test_move_leaves_none_alone():
 
 
 # ------------------------------------------------------------------ what the tests read
-@pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
-    """Byte-level tokenizers with the chat markers of either family."""
-    markers = {"dream": "<|im_start|> <|im_end|>",
-               "llada": "<|startoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|>"}
-    return {name: Tokenizer(byte_tokenizer({m: 256 + i for i, m in enumerate(found.split())}, 256))
-            for name, found in markers.items()}
-
-
 def jsonl(path: Path, *lines: dict | str) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
                             for line in lines), encoding="utf-8")
@@ -52,44 +43,6 @@ def jsonl(path: Path, *lines: dict | str) -> Path:
 
 USER = {"role": "user", "content": "Hi?"}
 ASSISTANT = {"role": "assistant", "content": "Yes\u2028é."}
-
-
-# ------------------------------------------------------------------ prompts
-def test_a_line_ends_at_a_newline_only(tokenizers, tmp_path):
-    """JSON may hold U+2028, U+0085 or a form feed as they are; they neither cut a line in two nor
-    shift the numbers of later ones."""
-    prompt = "a\u2028b\u0085c\u2029d"
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
-    tokenizer = tokenizers["llada"]
-    found = read_prompts(str(file), tokenizer, True, 100)
-    assert found == [(prompt, tokenizer.encode(prompt))]
-    file.write_text("one\u2028line\x0cof text\r\n{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"prompts\.jsonl:2:"):
-        read_prompts(str(file), tokenizer, True, 100)
-
-
-def test_what_a_line_of_prompts_may_be(tokenizers, tmp_path):
-    """A text, JSON with a prompt, or messages, whatever their chat format; blank lines are skipped,
-    and a byte order mark is none of the text."""
-    messages = [{"role": "user", "content": "x"}]
-    file = tmp_path / "prompts.txt"
-    file.write_text('\ufeffh\u00e9llo\n\n{"prompt": "two"}\n' + json.dumps({"messages": messages}),
-                    encoding="utf-8")
-    for tokenizer in tokenizers.values():
-        found = read_prompts(str(file), tokenizer, False, 500)
-        assert [prompt for prompt, _ in found] == ["h\u00e9llo", "two", messages]
-        assert [ids for _, ids in found] == [tokenizer.prompt(prompt) for prompt, _ in found]
-        assert read_prompts(str(file), tokenizer, True, 500)[0][1] == tokenizer.encode("h\u00e9llo")
-
-
-def test_a_prompt_without_room_names_its_line(tokenizers, tmp_path):
-    """One token less would do."""
-    file = tmp_path / "prompts.txt"
-    file.write_text("fine\n" + "x" * 9)
-    assert len(read_prompts(str(file), tokenizers["llada"], True, 9)) == 2
-    with pytest.raises(InputError, match=rf"{file}:2: 9 tokens, and only 8"):
-        read_prompts(str(file), tokenizers["llada"], True, 8)
 
 
 # ------------------------------------------------------------------ data files
@@ -123,6 +76,20 @@ def test_lines_that_are_no_example(tokenizers, tmp_path, line):
     with pytest.raises(InputError) as caught:
         read_examples(path, tokenizers["llada"], EOS_ID, 500)
     assert f"{path}:3" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [
+    {"prompt": "Hi?", "response": "a<|mask|>b"}, {"prompt": "<|mask|>", "response": "b"},
+    {"messages": [{"role": "user", "content": "a<|mask|>"}, ASSISTANT]},
+    {"prompt": "Hi?", "response": "\ud800"}, {"prompt": "\udfff", "response": "b"},
+    '{"prompt": "a", "response": "b", "weight": NaN}'], ids=str)
+def test_what_no_example_may_hold(tmp_path, line):
+    """A mask stands for what is not there, half a surrogate pair is no text, and NaN no JSON: the
+    file and the line."""
+    tokenizer = Tokenizer(byte_tokenizer({"<|mask|>": MASK_ID, "<|eot_id|>": EOS_ID}))
+    path = jsonl(tmp_path / "x.jsonl", {"prompt": "a", "response": "b"}, line)
+    with pytest.raises(InputError, match=r"x\.jsonl:2: "):
+        read_examples(path, tokenizer, EOS_ID, 500, MASK_ID)
 
 
 @pytest.mark.parametrize("content", [None, "", "\n \n"])
@@ -355,7 +322,7 @@ def asked(ckpt, **options) -> SimpleNamespace:
                                   max_length=500) | options)
 
 
-SPECIAL = SimpleNamespace(eos_id=1, pad_id=1, max_len=500)
+SPECIAL = SimpleNamespace(eos_id=1, pad_id=1, mask_id=2, max_len=500)
 
 
 def test_the_tasks_that_the_checkpoint_names_are_its_data(small_ckpt, tiny, tmp_path):

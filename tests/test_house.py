@@ -3,6 +3,7 @@ down, read from the source without running it."""
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 from typing import Iterator
 
@@ -29,6 +30,7 @@ def lines_of(name: str) -> list[str]:
     return (ROOT / name).read_text(encoding="utf-8").splitlines()
 
 
+@functools.cache
 def tree_of(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
 

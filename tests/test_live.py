@@ -5,19 +5,24 @@ import io
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import EOS_ID, MASK_ID, byte_tokenizer
 
 import sample
-from lib.live import (FRESH, MASK, NEWLINE, LiveView, answer_text, count_tokens, figures,
-                      printable)
+from lib.cli import command
+from lib.live import (FRESH, MASK, NEWLINE, LiveView, answer_prompts, answer_text, count_tokens,
+                      figures)
+from lib.options import sampling_parser
+from lib.terminal import printable
 from lib.tokenizer import Tokenizer
 from model import load
 from sample import Sample, generate
 
-PROMPT = [7, 8]  # two tokens that no frame may show
+PROMPT = [104, 105]  # two tokens that no frame may show
+SPECIAL = SimpleNamespace(mask_id=MASK_ID, eos_id=EOS_ID, pad_id=EOS_ID, max_len=500)
 STATUS = re.compile(r"(\d+)/(\d+) positions  (\d+) tokens  (\d+) forwards  "
                     r"[\d.]+ tokens/forward  [\d.]+ tokens/s")
 
@@ -35,6 +40,7 @@ class Screen:
     refuses anything else; a line that would wrap is an error, for it would break the redrawing."""
 
     columns: int
+    obeys: bool = True  # refuses what the live view does not use
     lines: list[list[tuple[str, str]]] = field(default_factory=lambda: [[]])  # (char, style) cells
     row: int = 0
     style: str = ""
@@ -57,7 +63,8 @@ class Screen:
                 self.row += 1
                 self.lines += [[]] * (self.row == len(self.lines))
             else:
-                assert char and unicodedata.category(char)[0] != "C", f"unknown {escape or char!r}"
+                assert char and (char in "\t\u200d" and not self.obeys
+                                 or unicodedata.category(char)[0] != "C"), f"{escape or char!r}"
                 self.lines[self.row] = self.lines[self.row] + [(char, self.style)]
                 assert width(self.text(self.row)) <= self.columns, "wraps"
         return self
@@ -230,18 +237,54 @@ def test_the_command_line_writes_plain_lines_to_a_pipe(text_ckpt, capsys):
     assert re.search(rf"tokens  {len(steps)} forwards  .* tokens/s$", lines[-2])
 
 
-def test_the_command_line_draws_on_a_terminal(text_ckpt, monkeypatch):
-    """On a terminal the last frame is the answer, and nothing is printed a second time."""
+WRITTEN = ("tab\there \U0001f469\u200d\U0001f680\n" + "界\n" * 20
+           + "\x1b[31m\x9b\u202e\u2066\x07\r end\r\n")
+
+
+@pytest.mark.parametrize("argv, times", [([], 1), (["--compare"], 2), (["--quiet"], 1)], ids=str)
+def test_the_answer_on_a_terminal_is_the_answer(tokenizer, monkeypatch, argv, times):
+    """After the last step the frames are gone and the whole text stands there, also what a window
+    of ten lines never showed, tabs and joiners as they are and characters split among tokens; what
+    a terminal would obey is not sent, and nothing of a frame is left."""
     monkeypatch.setenv("COLUMNS", "60")
-    stream = FakeTerminal()
-    monkeypatch.setattr("sys.stdout", stream)
-    argv = ["--ckpt", str(text_ckpt), "--device", "cpu", "--prompt", "hi", "--gen-length", "8"]
-    assert sample.main(argv) == 0
-    lines, status = Screen(60).feed(stream.getvalue()).shown()
-    monkeypatch.setattr("sys.stdout", quiet := io.StringIO())
-    assert sample.main([*argv, "--quiet"]) == 0
-    assert "".join(lines) == printable(quiet.getvalue()).replace("\n", "")
-    assert "positions" in status
+    monkeypatch.setenv("LINES", "10")
+    monkeypatch.setattr("sys.stdout", stream := FakeTerminal())
+    ids = tokenizer.encode(WRITTEN)
+
+    def decode(prompt, on_step=None, **_):
+        for known in range(0, len(ids) + 1, 8):
+            answer = ids[:known] + [MASK_ID] * (len(ids) - known)
+            on_step(step_of(answer, range(max(0, known - 8), known)))
+        return step_of(ids)
+
+    @command
+    def main(args):
+        parsed = sampling_parser("", ["low_confidence"], []).parse_args(["--prompt", "hi", *args])
+        variants = {"without memory": decode, "with memory": decode} if parsed.compare else \
+            {"": decode}
+        return answer_prompts(parsed, variants, tokenizer, SPECIAL, "cpu", 8, {}, None, None)
+
+    assert main(argv) == 0
+    monkeypatch.undo()
+    shown = Screen(200, obeys=False).feed(stream.getvalue())
+    lines = [shown.text(row) for row in range(len(shown.lines))]
+    expected = ["tab\there \U0001f469\u200d\U0001f680", *["界"] * 20,
+                "\ufffd[31m\ufffd\ufffd\ufffd\ufffd\ufffd end", ""]
+    where = [i for i, line in enumerate(lines) if line.startswith("tab")]
+    assert len(where) == times
+    assert all(lines[i:i + len(expected)] == expected for i in where)
+    assert not any(MASK in line or "positions" in line for line in lines)
+    assert sum("tokens/s" in line for line in lines) == times * ("--quiet" not in argv)
+    assert [line for line in lines if line.endswith(":")] == \
+        ["without memory:", "with memory:"] * ("--compare" in argv)
+
+
+def test_steps_in_a_pipe_have_whole_characters(tokenizer):
+    """There what a step committed is not marked, so that it is decoded with what stood there."""
+    stream = io.StringIO()
+    view = LiveView(tokenizer, MASK_ID, EOS_ID, len(PROMPT), stream)
+    view(step_of(tokenizer.encode("😀"), [2, 3]))
+    assert stream.getvalue() == "   1  😀\n"
 
 
 @pytest.mark.parametrize("text, expected", [

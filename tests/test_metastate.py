@@ -53,11 +53,10 @@ def test_an_untrained_memory_leaves_the_model_alone(family, dtype):
 
 
 SAMPLINGS = [dict(order=order) for order in ORDERS]
-SAMPLINGS += [dict(steps=4, block_length=4), dict(order="entropy", block_length=2)]
+SAMPLINGS += [dict(steps=4, block_length=3), dict(order="entropy", block_length=2)]
 SAMPLINGS += [dict(order=order, threshold=0.05) for order in ("low_confidence", "maskgit_plus")]
-SAMPLINGS += [dict(cfg_scale=1.5), dict(cfg_scale=0.5, order="entropy", block_length=4)]
-SAMPLINGS += [dict(order=order, temperature=0.7) for order in ("low_confidence", "random")]
-SAMPLINGS += [dict(order="entropy", temperature=0.7), dict(order="entropy", alg_temp=0.5)]
+SAMPLINGS += [dict(cfg_scale=1.5, block_length=3), dict(order="low_confidence", temperature=0.7)]
+SAMPLINGS += [dict(order="entropy", temperature=0.7, alg_temp=0.5)]
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
@@ -65,7 +64,7 @@ def test_an_untrained_memory_changes_no_answer(backbone, options):
     """Every order, threshold, guidance and kind of draw on a padded batch: the same seed gives the
     same tokens with an untrained memory as without one, also where a schedule has empty steps."""
     ids, pad_mask = left_pad(prompts_of([7, 1, P]), EOS_ID)
-    options = dict(gen_length=8, block_length=8, steps=8) | options
+    options = dict(gen_length=6, block_length=6, steps=6) | options
     plain = generate(backbone, ids, pad_mask=pad_mask, **options)
     same = generate(backbone, ids, pad_mask=pad_mask,
                     memory=MetaState.for_backbone(backbone, slots=6), **options)
@@ -332,8 +331,7 @@ def slow_generate(backbone: Backbone, memory: MetaState, prompt: list[int], gen_
     return ids
 
 
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
-@pytest.mark.parametrize("block_length", [4, 12])
+@pytest.mark.parametrize("block_length, cfg_scale", [(4, 1.5), (12, 0.0)])
 def test_generate_is_the_slow_loop(backbone, block_length, cfg_scale):
     """Injection, clock, Dream's shift, updates across steps and blocks, and a memory for each pass
     of the guidance: token for token what a hand-written loop gives."""
@@ -677,7 +675,7 @@ def test_compiled_generation_is_the_same():
         if compiled:
             for module in (backbone, memory):
                 module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
-        samples.append(generate(backbone, prompt, memory=memory, gen_length=32, block_length=8,
-                                steps=32, cache="dual"))
+        samples.append(generate(backbone, prompt, memory=memory, gen_length=16, block_length=8,
+                                steps=16, cache="dual"))
     assert torch.equal(samples[0].ids, samples[1].ids)
     assert 0 < len(graphs) <= 7

@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ABSENT, DATA, ROOT, checkpoint, noise, seeded, shard
+from conftest import ABSENT, DATA, checkpoint, noise, seeded, shard
+from processes import child
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -314,23 +315,22 @@ def test_unfused_parameters_stay_in_the_files_mapping(tmp_path, family):
     assert len(spans) <= len(kept)
 
 
-PEAK = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from model import load
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if key in line) * 1024
-ids = torch.arange(4)[None]
-with torch.no_grad():
-    load({small!r}, "cpu")[0](ids)                     # whatever torch allocates once
-    before = status("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")      # the peak counts from here
-    backbone, _ = load({large!r}, "cpu")
-    backbone(ids)
-weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
-print((status("VmHWM") - before) / weights)
-"""
+def peak_of_loading(small: Path, large: Path, report: Path) -> None:
+    """In a process of its own: load `large`, run a forward, and report the peak of the resident
+    memory meanwhile as a multiple of the weights."""
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if key in line) * 1024
+
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        load(small, "cpu")[0](ids)                                # whatever torch allocates once
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")             # the peak counts from here
+        backbone, _ = load(large, "cpu")
+        backbone(ids)
+    weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
+    report.write_text(str((status("VmHWM") - before) / weights))
 
 
 @LINUX
@@ -341,10 +341,10 @@ def test_loading_never_holds_the_weights_twice(tmp_path):
     folder = checkpoint(tmp_path / "large", "llada", **config)
     save(load(f"random:{folder}", "cpu", "float32")[0], folder / "model.safetensors")
     shard(folder)
-    script = PEAK.format(root=str(ROOT), small=str(DATA / "llada"), large=str(folder))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0.8 < float(done.stdout) <= 1.3
+    process = child(peak_of_loading, DATA / "llada", folder, tmp_path / "report")
+    process.join()
+    assert process.exitcode == 0
+    assert 0.8 < float((tmp_path / "report").read_text()) <= 1.3
 
 
 def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt, tmp_path):

@@ -216,15 +216,15 @@ def lines(capsys):
     return run
 
 
-def test_a_hundred_prompts_of_different_lengths(lines, text_ckpt, tmp_path):
+def test_prompts_of_many_different_lengths(lines, text_ckpt, tmp_path):
     """Each as if it were alone, and the means and spreads over all of them."""
     backbone, tokenizer = load(text_ckpt, "cpu")
-    texts = [("abc def? " * 20)[:1 + length] for length in range(100)]
-    texts[50] = 'a "quoted"\nline'
+    texts = [("abc def? " * 20)[:1 + length] for length in range(0, 100, 3)]
+    texts[17] = 'a "quoted"\nline'
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(json.dumps({"prompt": t}) for t in texts))
     *records, last = lines("--ckpt", text_ckpt, "--prompts", file, "--n-masks", 6)
-    assert [r["prompt"] for r in records] == texts and last["prompts"] == 100
+    assert [r["prompt"] for r in records] == texts and last["prompts"] == 34
     values = {"entropy": [], "tv": []}
     for text, record in zip(texts, records):
         p = probe(backbone, tokenizer.encode(text), 6)
@@ -243,7 +243,7 @@ def test_a_hundred_prompts_of_different_lengths(lines, text_ckpt, tmp_path):
     for name in values:
         for i in range(6 - (name == "tv")):
             column = [v[i] for v in values[name]]
-            assert means[name][i]["prompts"] == 100
+            assert means[name][i]["prompts"] == 34
             assert means[name][i]["mean"] == pytest.approx(np.mean(column))
             assert means[name][i]["sd"] == pytest.approx(np.std(column))
     assert means["tv"][5]["mean"] is None and last["unigram"] is None
@@ -254,7 +254,7 @@ def test_masks_take_what_room_the_model_has(lines, text_ckpt, tmp_path):
     """256 positions: 128 masks by default, fewer behind a long prompt, and the same number for all
     the prompts of a file; at least one has to fit."""
     def masks(*argv):
-        return {len(r["positions"]) for r in lines("--ckpt", text_ckpt, *argv)[:-1]}
+        return {len(r["positions"]) for r in lines("--ckpt", text_ckpt, "--topk", 1, *argv)[:-1]}
 
     assert masks("--prompt", "a" * 128) == {128}
     assert masks("--prompt", "a" * 129) == {127}
@@ -317,7 +317,8 @@ def test_memory_on_the_command_line(lines, tmp_path, capsys):
     backbone, _ = load("tiny", "cpu")
     file = tmp_path / "memory.safetensors"
     awake(backbone).save(file)
-    argv = ["--task", "chain", "--number", 2, "--n-masks", 8]
+    (tmp_path / "text").write_text("a=1 b=2")  # reads faster than the tasks' answers are drawn
+    argv = ["--task", "chain", "--number", 2, "--n-masks", 8, "--unigram", tmp_path / "text"]
     *records, last = lines(*argv, "--memory", file)
     assert [r["memory"] for r in records] == [False, True] * 2
     assert {r["after"] for r in records} == {4} and set(last["by_distance"]) == {
@@ -341,7 +342,6 @@ LONG = "a" * 256
 @pytest.mark.parametrize("argv, words", [
     (["--prompt", LONG], ["256 tokens", "256 positions"]),
     (["--prompt", "a" * 250, "--n-masks", "7"], ["250 tokens", "7 masks", "256"]),
-    (["--prompts", "LONG"], ["long.txt:2", "256 tokens", "255"]),
     (["--prompt", "a", "--n-masks", "256"], ["--n-masks 256", "256 positions"]),
     (["--prompt", "a", "--n-masks", "0"], ["--n-masks", "0"]),
     (["--prompt", " "], ["empty"]), (["--prompts", "none.txt"], ["none.txt"]),
@@ -353,16 +353,14 @@ LONG = "a" * 256
     (["--prompt", "a", "--unigram", "EMPTY"], ["empty"]),
     (["--prompt", "a", "--memory", "none.safetensors"], ["none.safetensors"]),
     (["--prompt", "a", "--n-masks", "4", "--after", "4"], ["--after 4", "--steps 4"]),
-    (["--prompt", "a", "--n-masks", "4", "--after", "-1"], ["--after -1"]),
+    (["--prompt", "a", "--n-masks", "4", "--after", "-1"], ["--after", "-1"]),
     (["--prompt", "a", "--n-masks", "4", "--steps", "5"], ["--steps 5", "4 masks"]),
     (["--prompt", "a", "--seed", "-1"], ["-1"]), (["--ckpt", "random:tiny"], ["random:tiny"]),
     (["--prompt", "a", "--unknown"], ["--unknown"])], ids=lambda x: " ".join(x)[:40])
 def test_bad_input(argv, words, text_ckpt, tmp_path, capsys):
     """One line that names the thing, exit code 2."""
-    (tmp_path / "long.txt").write_text("short\n" + LONG)
     (tmp_path / "empty.txt").write_text("")
-    files = {"LONG": tmp_path / "long.txt", "EMPTY": tmp_path / "empty.txt"}
-    argv = [str(files.get(a, a)) for a in argv]
+    argv = [str(tmp_path / "empty.txt") if a == "EMPTY" else a for a in argv]
     assert tool.main(["--ckpt", str(text_ckpt), *argv, *CPU]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and all(w in err for w in words)
@@ -397,7 +395,7 @@ def test_the_plot_needs_matplotlib_alone(text_ckpt, tmp_path, monkeypatch, capsy
 def trapped():
     """The fitted model and its memory, which is trained for less long than the command's."""
     backbone = tool.trap_model()
-    return backbone, tool.trap_memory(backbone, updates=60)
+    return backbone, tool.trap_memory(backbone, updates=40)
 
 
 class Perfect(Known):
@@ -407,7 +405,7 @@ class Perfect(Known):
         super().__init__(torch.zeros(4, len(tool.WORDS)), mask_id=tool.MASK)
 
     def hidden(self, e, *_):
-        log_p = torch.full(e.shape, -torch.inf)
+        log_p = torch.full(e.shape, -1e4)  # e to that power is 0
         for b, row in enumerate(e.argmax(-1)[:, 1:].tolist()):
             fitting = [d for d in tool.DATA if all(w in (tool.MASK, x) for w, x in zip(row, d))]
             for d in fitting or tool.DATA:
@@ -438,13 +436,13 @@ def test_the_exact_values(counts, unseen, kl):
 @pytest.mark.parametrize("counts", tool.SCHEDULES.values(), ids=str)
 def test_the_fitted_models_trap(trapped, counts, used):
     """The fitted model is near the exact values, and so it is with its memory: a step's draws are
-    independent given a state that is the same for all. 10,000 samples lie within four standard
+    independent given a state that is the same for all. 4,000 samples lie within four standard
     errors of the enumeration."""
     backbone, memory = trapped
-    row = trap_row(backbone, memory if used == "with" else None, counts, 10_000)
+    row = trap_row(backbone, memory if used == "with" else None, counts, 4000)
     assert row["unseen"] == pytest.approx(row["unseen_exact"], abs=0.02)
     assert row["kl"] == pytest.approx(row["kl_exact"], abs=0.05)
-    error = math.sqrt(row["unseen"] * (1 - row["unseen"]) / 10_000)
+    error = math.sqrt(row["unseen"] * (1 - row["unseen"]) / 4000)
     assert abs(row["unseen_sampled"] - row["unseen"]) < 4 * error + 1e-4
 
 
@@ -461,7 +459,7 @@ def test_samples_are_distributed_as_enumerated(trapped):
         q = expected.get(sequence, 0)
         assert abs(counts[sequence] / 10_000 - q) < 5 * math.sqrt(q * (1 - q) / 10_000) + 1e-3
     assert max(abs(expected.get(s, 0) - plain.get(s, 0)) for s in {*expected, *plain}) > 0.05
-    row, without = (trap_row(backbone, m, (2, 1), 10_000) for m in (memory, None))
+    row, without = trap_row(backbone, memory, (2, 1), 10_000), trap_row(backbone, None, (2, 1))
     assert abs(row["unseen_sampled"] - row["unseen"]) < 0.02
     assert abs(without["unseen"] - row["unseen"]) > 0.05
 

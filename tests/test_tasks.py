@@ -2,6 +2,7 @@
 that the shipped models solve them."""
 from __future__ import annotations
 
+import functools
 import random
 import re
 
@@ -40,6 +41,7 @@ def test_an_unknown_task_names_those_there_are():
 
 
 # ------------------------------------------------------------------ right answers
+@functools.cache
 def all_grids() -> list[str]:
     """The 4x4 sudoku grids, filled cell by cell."""
     grids = [""]
@@ -283,15 +285,15 @@ def test_a_haystack_without_room_is_refused():
 # ------------------------------------------------------------------ the shipped models
 @EVERY_TASK
 def test_the_shipped_model_solves_its_tasks(name):
-    """checkpoints/tiny, its tokenizer and the sampler belong together: of 60 held-out prompts at
+    """checkpoints/tiny, its tokenizer and the sampler belong together: of 24 held-out prompts at
     least 90% are solved at one token per step, and fewer in three steps."""
     backbone, tokenizer = load("tiny", "cpu")
     rng = random.Random(123)
-    prompts = [draw(TASKS[name], rng, held_out=True)[0] for _ in range(60)]
+    prompts = [draw(TASKS[name], rng, held_out=True)[0] for _ in range(24)]
     one, forwards = bench.solve(backbone, tokenizer, TASKS[name], prompts, 24, steps=24)
-    assert forwards == [24] * 60 and sum(one) >= 54
+    assert forwards == [24] * 24 and sum(one) >= 22
     three, forwards = bench.solve(backbone, tokenizer, TASKS[name], prompts, 24, steps=3)
-    assert forwards == [3] * 60 and sum(three) < sum(one)
+    assert forwards == [3] * 24 and sum(three) < sum(one)
 
 
 def test_the_haystack_model_finds_needles():
@@ -300,8 +302,8 @@ def test_the_haystack_model_finds_needles():
     backbone, tokenizer = load("haystack", "cpu")
     assert sum(f.stat().st_size for f in CHECKPOINTS["haystack"].iterdir() if f.is_file()) < 4e6
     right = {}
-    for length in (48, 128):
+    for length, number in ((48, 20), (128, 10)):
         task, rng = Haystack(length, *KINDS["needle4"]), random.Random(0)
-        prompts = [draw(task, rng, held_out=True)[0] for _ in range(20)]
+        prompts = [draw(task, rng, held_out=True)[0] for _ in range(number)]
         right[length] = sum(bench.solve(backbone, tokenizer, task, prompts, 24, steps=24)[0])
-    assert right[48] >= 19 and right[128] < 10
+    assert right[48] >= 19 and right[128] < 5

@@ -132,7 +132,7 @@ def test_no_logits_are_kept_of_a_large_vocabulary(backbone, most, wide):
 
 
 # ------------------------------------------------------------------ the unrolled loss
-def examples(lengths=((9, 12), (3, 5), (1, 16), (7, 8)), seed=0) -> list[tuple[list, list]]:
+def examples(lengths=((9, 12), (3, 5), (1, 14)), seed=0) -> list[tuple[list, list]]:
     """(prompt, answer) ids of the lengths given."""
     flat = iter(prompts_of([n for pair in lengths for n in pair], seed))
     return [(prompt, answer) for prompt, answer in zip(flat, flat)]
@@ -213,10 +213,9 @@ def grads_of(memory: MetaState, loss: torch.Tensor) -> dict[str, torch.Tensor]:
             for (name, p), g in zip(memory.named_parameters(), found)}
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["carried", "reset"])
-@pytest.mark.parametrize("options", [
-    dict(), dict(K=2, lam=0.0, concentration=5.0), dict(K=5, lam=1.0, concentration=0.3),
-    dict(K=5, reveal=surest)], ids=str)
+@pytest.mark.parametrize("options, reset", [
+    (dict(), False), (dict(), True), (dict(K=2, lam=0.0, concentration=5.0), False),
+    (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False)], ids=str)
 def test_the_loss_is_the_slow_one(backbone, options, reset):
     """Masks, the clock, weights, both means, Dream's shift, prompts and answers of several lengths
     with padding behind, the control without memory: loss and gradients are those of a loop over
@@ -338,13 +337,25 @@ CHECKED = ("start", "identity", "time.mlp.0.weight", "updater.from_c.weight",
            "injector.attention.out.weight", "injector.norm_s.modulation.weight")
 
 
+FEW = ((5, 8), (3, 6))  # prompts and answers
+
+
+@pytest.fixture(scope="module")
+def gradients(backbones) -> dict[str, dict[str, torch.Tensor]]:
+    """By family the gradient of the loss of a few examples, for every parameter of a memory."""
+    found = {}
+    for family, backbone in backbones.items():
+        memory = awake(backbone)
+        found[family] = grads_of(memory, loss_of(backbone, memory, examples(FEW)))
+    return found
+
+
 @pytest.mark.parametrize("name", CHECKED)
-def test_the_gradient_is_that_of_finite_differences(backbone, name):
+def test_the_gradient_is_that_of_finite_differences(backbone, family, gradients, name):
     """Through all K steps, for each part of the memory: the loss changes along the gradient as the
     gradient says."""
-    memory, rows = awake(backbone), examples(((5, 8), (3, 6)))
-    p = memory.get_parameter(name)
-    gradient = grads_of(memory, loss_of(backbone, memory, rows))[name]
+    memory, rows = awake(backbone), examples(FEW)
+    p, gradient = memory.get_parameter(name), gradients[family][name]
     slope, kept, losses = float(gradient.norm()), p.detach().clone(), []
     step = min(0.01 / slope, 0.1 * float(kept.norm()))  # moves the loss by 0.01 at the most
     with torch.no_grad():
@@ -398,9 +409,11 @@ def test_checkpointing_changes_nothing(family):
     assert (once, twice) == (3, 6)
 
 
-def test_compiled_training_is_the_same():
-    """Two graphs each for the block and the memory's three parts: the first shape's, and one for
-    all others."""
+@pytest.mark.parametrize("shapes", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_compiled_training_is_the_same(shapes):
+    """A graph each for the block and the memory's three parts, and one more for all shapes behind
+    the first (that a cached generation has two shapes is tested there)."""
+    batches = [examples(), examples(((2, 9), (6, 3)))][:shapes]
     backbone, _ = load(DATA / "llada", "cpu")
     memory, graphs, outcomes = awake(backbone), [], []
     for compiled in (False, True):
@@ -408,13 +421,13 @@ def test_compiled_training_is_the_same():
             torch._dynamo.reset()
             for module in (backbone, memory):
                 module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
-        for rows in (examples(), examples(((2, 9), (6, 3)))):
+        for rows in batches:
             loss = loss_of(backbone, memory, rows, K=3)
             outcomes.append((loss.item(), grads_of(memory, loss)))
-    for (loss, grads), (again, same) in zip(outcomes[:2], outcomes[2:]):
+    for (loss, grads), (again, same) in zip(outcomes[:shapes], outcomes[shapes:], strict=True):
         assert loss == pytest.approx(again, rel=1e-6)
         assert_close(grads, same)
-    assert 0 < len(graphs) <= 8
+    assert 0 < len(graphs) <= 4 * shapes
 
 
 # ------------------------------------------------------------------ what `fit` computes
@@ -544,26 +557,24 @@ def test_the_seed_decides(run, tmp_path):
     assert content(tmp_path / "out" / MEMORY) != content(tmp_path / "other" / MEMORY)
 
 
-VARIANTS = [("--reset",), ("--no-time", "--no-local"), ("--width", "16", "--checkpointing"),
-            ("--cut", "--concentration", "5", "--lam", "0"), ("--K", "1,3", "--reveal", "surest")]
+VARIANTS = [("--reset", "--no-time", "--no-local"), ("--K", "1,3", "--reveal", "surest"),
+            ("--cut", "--width", "16", "--checkpointing", "--concentration", "5", "--lam", "0")]
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
 def test_every_variant_resumes(run, small_ckpt, tmp_path, monkeypatch, flags):
-    """Each control and ablation, stopped after its second checkpoint and started again, ends with
+    """Each control and ablation, stopped after its first checkpoint and started again, ends with
     the bytes of a run left alone; what the flags say is in the file."""
+    flags, save = (*flags, "--steps", "2"), Run.save
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    saves, save = [], Run.save
 
     def stop(*args):
         save(*args)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", stop)
-        assert run(*flags)[0] == 130 and saved_step(tmp_path / "out") == 2
+        assert run(*flags)[0] == 130 and saved_step(tmp_path / "out") == 1
     assert run(*flags)[0] == 0
     assert_same_run(tmp_path / "out", tmp_path / "whole")
     sizes = MetaState.load(tmp_path / "out" / MEMORY, load(small_ckpt, "cpu")[0]).sizes
@@ -574,9 +585,9 @@ def test_every_variant_resumes(run, small_ckpt, tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("flags, expected", [
     ((), (2, 0.5, 1.0, "MetaState", False)),
-    (("--K", "6", "--lam", "0.25", "--concentration", "3"), (6, 0.25, 3.0, "MetaState", False)),
-    (("--reset", "--checkpointing"), (2, 0.5, 1.0, "Reset", True)),
-    (("--cut",), (2, 0.5, 1.0, "Cut", False))], ids=["defaults", "numbers", "reset", "cut"])
+    (("--cut", "--K", "3", "--lam", "0.25", "--concentration", "3"), (3, 0.25, 3.0, "Cut", False)),
+    (("--reset", "--checkpointing"), (2, 0.5, 1.0, "Reset", True))],
+    ids=["defaults", "cut and numbers", "reset"])
 def test_the_flags_reach_the_loss(run, asked, flags, expected):
     """Steps, weights, control, ablation and the recomputing of blocks are as asked for, in training
     and in the evaluation."""
@@ -586,15 +597,15 @@ def test_the_flags_reach_the_loss(run, asked, flags, expected):
 
 def test_of_several_k_each_micro_batch_draws_one(run, asked):
     """As often as each is named, in training; the held-out loss is always of the first."""
-    run("--K", "1,1,3", "--steps", 12)
+    run("--K", "1,1,3", "--steps", 2, "--micros", 9)
     drawn = [call.K for call in asked if call.training]
-    assert set(drawn) == {1, 3} and 3 <= drawn.count(3) <= 13 and len(drawn) == 24
+    assert set(drawn) == {1, 3} and 2 <= drawn.count(3) <= 9 and len(drawn) == 18
     assert {call.K for call in asked if not call.training} == {1}
 
 
 def test_figures_are_of_trajectories_of_the_first_k(run, tmp_path):
     """dense_k of the metrics are those of --K's first: steps of another count are no neighbours."""
-    run("--K", "2,4", "--steps", 6)
+    run("--K", "2,4", "--steps", 4)
     names = {name for line in metrics_of(tmp_path / "out") for name in line}
     assert {"dense_1", "dense_2"} <= names and "dense_3" not in names
 
@@ -616,11 +627,12 @@ def test_defaults_go_by_the_backbone(small_ckpt, tmp_path, asked, monkeypatch, l
     """An 8B model takes its examples one by one and recomputes its blocks, a small one does not;
     what the command line says is kept."""
     monkeypatch.setattr(Config, "large", large)
+    monkeypatch.setattr(train, "fit", lambda parameters, loss_of, out, *, micros, **_: [
+        loss_of(0, micro) for micro in range(micros)])  # one step, without its evaluation
     assert train.main(["--ckpt", str(small_ckpt), "--out", str(tmp_path), "--device", "cpu",
                        "--steps", "1", "--K", "1", "--slots", "4", "--width", "32", *flags]) == 0
-    training = [call for call in asked if call.training]
-    assert {len(call.rows) for call in training} == {expected[0]}
-    assert (len(training), training[0].checkpointing) == expected[1:]
+    assert {len(call.rows) for call in asked} == {expected[0]}
+    assert (len(asked), asked[0].checkpointing) == expected[1:]
 
 
 def test_the_figures_are_those_of_all_micro_batches(run, tmp_path):

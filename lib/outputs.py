@@ -1,0 +1,176 @@
+"""Where results go, tried before any work: files that can be written, folders that one process owns
+at a time, and files that are asked for and have to be there."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import stat
+import weakref
+from pathlib import Path
+from typing import Callable
+
+from lib.cli import InputError, require, running
+from lib.files import new_file, remove_leftovers
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NO_FILES = (stat.S_IFDIR, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFBLK)
+
+
+# ------------------------------------------------------------------ folders
+class Owned:
+    """A folder that no other process can own, until this object goes or the process ends, however
+    it ends. Of folders that were made for it those go too in which nothing was written."""
+
+    def __init__(self, lock: int, made: list[Path]):
+        weakref.finalize(self, _release, lock, made)
+
+
+# A lock is the process's: who asks for a folder again in the same process is given the same one.
+_owned: weakref.WeakValueDictionary[tuple[int, int], Owned] = weakref.WeakValueDictionary()
+
+
+def own(folder: str | Path) -> Owned:
+    """Make a folder where there is none, see that it can be written to, and own it; what processes
+    killed earlier had begun to write there is removed. Raises `InputError`."""
+    path = _path(folder)
+    made = [p for p in (path, *path.parents) if not os.path.lexists(p)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        found = path.stat()
+        if owner := _owned.get((found.st_dev, found.st_ino)):
+            return owner
+        owner = _owned[found.st_dev, found.st_ino] = Owned(_lock(path), made)
+        remove_leftovers(path)
+        _try_to_write(path)
+        for file in path.iterdir():
+            if file.suffix in (".safetensors", ".json", ".jsonl", ".txt"):
+                require(_kind(file) not in NO_FILES, f"cannot write to {path}: {file.name} is "
+                        "there, and no file: move it away")
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}"
+                         ) from error
+    return owner
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that owns a folder as long as it is open: the system closes those of a process
+    that is killed, so no lock is ever left behind. Raises `InputError` where another has it."""
+    taken = f"another process writes to {folder}: wait for it, or pass another folder"
+    if fcntl is None:  # Windows has no lock of folders, but files that go with their descriptor
+        if not hasattr(os, "O_TEMPORARY"):  # neither the one nor the other
+            return os.open(os.devnull, os.O_RDONLY)
+        try:
+            return os.open(folder / ".lock", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        except (FileExistsError, PermissionError) as error:
+            raise InputError(taken) from error
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError(taken) from error
+    except OSError:  # a file system that knows no locks: better to work there than not at all
+        pass
+    return lock
+
+
+def _release(lock: int, made: list[Path]) -> None:
+    os.close(lock)
+    _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders that are empty, the deepest first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _kind(path: Path) -> int | None:
+    """What stands at a path (S_IFREG, ...), links followed, or None where nothing does. Raises
+    `OSError` for a path that cannot be."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise the `OSError` that writing to a folder would."""
+    path = new_file(folder)
+    try:
+        path.write_text(" " * 4096)  # a disk that is full has room for names
+    finally:
+        path.unlink()
+
+
+def _path(text: str | Path) -> Path:
+    """An absolute path, which stays the same when the working folder changes."""
+    require(str(text) != "" and "\0" not in str(text), f"{str(text)!r} is no path")
+    return Path(text).absolute()
+
+
+# ------------------------------------------------------------------ types of options
+class Folder(str):
+    """The path of a folder on the command line that is owned as long as this text is there."""
+
+    owner: Owned | None = None
+
+
+def output_folder(text: str) -> Folder:
+    """The type of a folder on the command line that the command writes to."""
+    folder = Folder(text)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first writes
+        folder.owner = _argument(own, text)
+    return folder
+
+
+def output_file(text: str) -> str:
+    """The type of a file on the command line that the command writes: it can be, as far as can be
+    seen without writing it."""
+    _argument(_try_file, text)
+    return text
+
+
+def input_file(text: str) -> str:
+    """The type of a file on the command line that the command reads."""
+    _argument(_try_to_read, text)
+    return text
+
+
+def _argument(check: Callable, text: str):
+    """check(text) where a command runs, its error as argparse wants it."""
+    try:
+        return check(text) if running.get() else None
+    except (InputError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _try_file(text: str) -> None:
+    path = _path(text)
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    try:
+        require(_kind(path) in (None, stat.S_IFREG) and not text.endswith(("/", os.sep)),
+                f"cannot write {text}: that is no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {text}: {error.strerror or error}") from error
+    finally:
+        _remove_empty(made)
+
+
+def _try_to_read(text: str) -> None:
+    path = _path(text)
+    try:
+        require(_kind(path) in (None, stat.S_IFREG), f"cannot read {text}: that is no file")
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot read {text}: {error.strerror or error}") from error
