@@ -151,14 +151,14 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     P, generator = prompt.shape[1], generator or torch.Generator(prompt.device).manual_seed(0)
     ids = F.pad(prompt, (0, gen_length), value=c.mask_id)             # (B, P + G)
     look = Steps(backbone, prompt, pad_mask, gen_length, memory, cfg_scale, cache, refresh)
-    # Dream's first position of a block is the one thing that a slice of it cannot predict
+    # a slice of Dream's cannot predict its first position: a block's first, whole step commits that
     leading = cache is not None and c.shift and refresh != 1
     schedule = plan(c, order, threshold, L, steps * L // gen_length, leading)
-    counted = threshold is None and order != "origin"  # no need to look at what is still masked
+    counted = threshold is None and order != "origin"  # the plan alone says what is still masked
     for start, (step, commit) in product(range(P, P + gen_length, L), enumerate(schedule)):
         block = ids[:, start:start + L]                               # (B, L), a view
         masked, idle = block == c.mask_id, counted and commit.count == 0
-        if idle and memory is None or not counted and not masked.any():
+        if (idle and memory is None) or (not counted and not masked.any()):
             continue  # nothing to commit, and no memory to carry on
         logits = look(ids, start, L, step)                            # (B, L, V)
         if idle:
@@ -176,7 +176,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
             on_step(sample)
         if stop_at_eos and settled(ids[:, P:], c):
             ids[:, P:].masked_fill_(ids[:, P:] == c.mask_id, c.eos_id)
-            break
+            break  # out of all blocks
     require(bool(look.finite), "the model's logits are not finite: there is no answer")
     return sample._replace(seconds=time.perf_counter() - started)
 

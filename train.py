@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     # ours: 8B and 7B take their examples one by one and recompute their blocks, to fit 40 GB
     args.batch_size = args.batch_size or (1 if c.large else 8)
     args.micros = args.micros or (16 if c.large else 4)
-    args.steps = args.steps or (3125 if c.large else 2400)  # one pass over 50,000 examples at 8B
+    args.steps = args.steps or (3125 if c.large else 2000)  # one pass over 50,000 examples at 8B
     backbone.checkpointing = c.large if args.checkpointing is None else args.checkpointing
     memory = MetaState.for_backbone(
         backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,

@@ -133,7 +133,7 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     loss.add_argument("--reset", action="store_true", help="control: memory reset at every step")
     loss.add_argument("--cut", action="store_true", help="ablation: gradients reach one step back")
     how = p.add_argument_group("optimisation")
-    how.add_argument("--steps", type=count, help="updates (default: 3125 for 8B and 7B, else 2400);"
+    how.add_argument("--steps", type=count, help="updates (default: 3125 for 8B and 7B, else 2000);"
                      " with more of them a finished run goes on")
     how.add_argument("--lr", type=rate, default=1e-3, help="peak of AdamW")
     how.add_argument("--warmup", type=whole(0), default=50, help="updates")

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -53,6 +54,23 @@ def backbones() -> dict[str, Backbone]:
 def backbone(backbones, family) -> Backbone:
     """The family's oracle checkpoint; not to be edited."""
     return backbones[family]
+
+
+@pytest.fixture(scope="session")
+def shallows() -> dict[str, Backbone]:
+    """The first block alone of the oracle checkpoints, in a third of the time, for what does not
+    depend on how many there are; not to be edited."""
+    found = {name: load(DATA / name, "cpu")[0] for name in FAMILIES}
+    for backbone in found.values():
+        backbone.blocks = backbone.blocks[:1]
+        backbone.config = replace(backbone.config, layers=1)
+    return found
+
+
+@pytest.fixture
+def shallow(shallows, family) -> Backbone:
+    """The family's oracle checkpoint with one block; not to be edited."""
+    return shallows[family]
 
 
 @pytest.fixture(scope="session")

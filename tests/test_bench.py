@@ -144,7 +144,7 @@ def test_the_shipped_memories_are_memory(capsys):
     seed of the control by far, and so does their mean, also over themselves with the memories of
     other prompts."""
     _, result = result_of(capsys, "accuracy", "--tasks", "chain,sums", "--budgets", "4",
-                          "--prompts", "20", "--thresholds", "")
+                          "--prompts", "16", "--thresholds", "")
     seeds = {r["variant"]: r["seeds"] for r in result["rows"] if r["task"] == "mean"}
     assert [len(seeds[v]) for v in ("frozen", "MetaState", "shuffled", "reset")] == [1, 3, 3, 3]
     assert min(seeds["MetaState"]) > max(seeds["frozen"] + seeds["reset"]) + 20
@@ -280,7 +280,7 @@ def test_random_ids_are_never_the_mask(backbone):
 
 
 SPEED = ["speed", "--ckpt", f"random:{DATA / 'llada'}", "--lengths", "48,64", "--gen", "4",
-         "--block", "4", "--prompt", "9", "--train", "16", "--warmup", "0", "--repeat", "2",
+         "--block", "4", "--prompt", "9", "--train", "16", "--warmup", "0", "--repeat", "1",
          "--device", "cpu", "--dtype", "float32"]
 
 

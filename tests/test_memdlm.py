@@ -446,12 +446,20 @@ def run(small, tmp_path, capsys) -> Callable:
     return call
 
 
+@pytest.fixture
+def unevaluated(monkeypatch) -> None:
+    """Runs without the evaluation at their end, which takes longer than their few steps."""
+    fit = memdlm.fit
+    monkeypatch.setattr(memdlm, "fit", lambda *args, **options: fit(
+        *args, **options | {"evaluate": None}))
+
+
 VARIANTS = [("--plain",), ("--tune", "full", "--per-example", "--K", "3"),
             ("--checkpointing", "--only", "anchor", "--clip", "0")]
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
-def test_every_variant_resumes(run, tmp_path, monkeypatch, flags):
+def test_every_variant_resumes(run, unevaluated, tmp_path, monkeypatch, flags):
     """Stopped after its first checkpoint and started again, a run ends with the bytes of one left
     alone; the folder loads, has moved, and keeps the settings."""
     flags, save = (*flags, "--steps", "2"), Run.save
@@ -588,7 +596,7 @@ def test_arguments_that_make_no_sense(run, tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_that_would_spoil_something(run, small):
+def test_runs_that_would_spoil_something(run, unevaluated, small):
     """The checkpoint to start from is not written over, nor the folder of a run with other
     flags."""
     code, _, err = run(out=small)

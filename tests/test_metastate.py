@@ -60,14 +60,14 @@ SAMPLINGS += [dict(order="entropy", temperature=0.7, alg_temp=0.5)]
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
-def test_an_untrained_memory_changes_no_answer(backbone, options):
+def test_an_untrained_memory_changes_no_answer(shallow, options):
     """Every order, threshold, guidance and kind of draw on a padded batch: the same seed gives the
     same tokens with an untrained memory as without one, also where a schedule has empty steps."""
     ids, pad_mask = left_pad(prompts_of([7, 1, P]), EOS_ID)
     options = dict(gen_length=6, block_length=6, steps=6) | options
-    plain = generate(backbone, ids, pad_mask=pad_mask, **options)
-    same = generate(backbone, ids, pad_mask=pad_mask,
-                    memory=MetaState.for_backbone(backbone, slots=6), **options)
+    plain = generate(shallow, ids, pad_mask=pad_mask, **options)
+    same = generate(shallow, ids, pad_mask=pad_mask,
+                    memory=MetaState.for_backbone(shallow, slots=6), **options)
     assert same.ids.tolist() == plain.ids.tolist()
 
 
@@ -332,14 +332,14 @@ def slow_generate(backbone: Backbone, memory: MetaState, prompt: list[int], gen_
 
 
 @pytest.mark.parametrize("block_length, cfg_scale", [(4, 1.5), (12, 0.0)])
-def test_generate_is_the_slow_loop(backbone, block_length, cfg_scale):
+def test_generate_is_the_slow_loop(shallow, block_length, cfg_scale):
     """Injection, clock, Dream's shift, updates across steps and blocks, and a memory for each pass
     of the guidance: token for token what a hand-written loop gives."""
-    memory, prompt = awake(backbone), prompts_of([P])[0]
-    result = generate(backbone, torch.tensor([prompt]), memory=memory, gen_length=12, steps=12,
+    memory, prompt = awake(shallow), prompts_of([P])[0]
+    result = generate(shallow, torch.tensor([prompt]), memory=memory, gen_length=12, steps=12,
                       block_length=block_length, order="low_confidence", cfg_scale=cfg_scale)
     with torch.no_grad():
-        slow = slow_generate(backbone, memory, prompt, 12, block_length, cfg_scale)
+        slow = slow_generate(shallow, memory, prompt, 12, block_length, cfg_scale)
     assert result.ids[0].tolist() == slow
 
 

@@ -191,15 +191,15 @@ CACHES = pytest.mark.parametrize("cache", ["prefix", "dual"])
     ("prefix", dict(order="entropy", steps=4)), ("dual", dict(order="origin")),
     ("prefix", dict(threshold=0.06, order="low_confidence")), ("dual", dict(cfg_scale=1.5))],
     ids=str)
-def test_a_cache_refreshed_at_every_step_is_no_cache(backbone, cache, options):
+def test_a_cache_refreshed_at_every_step_is_no_cache(shallow, cache, options):
     """Ids and forwards, with every way to commit, for a padded batch, with a memory that writes.
     Either kind of cache then computes the whole sequence, so that each way needs one."""
     ids, pad_mask = left_pad(prompts_of((7, 3, 11)), EOS_ID)
-    memory = awake(backbone, slots=6)
+    memory = awake(shallow, slots=6)
     options = dict(gen_length=8, block_length=4, steps=8) | options
     options |= dict(pad_mask=pad_mask, memory=memory)
-    plain = generate(backbone, ids, **options)
-    cached = generate(backbone, ids, cache=cache, refresh=1, **options)
+    plain = generate(shallow, ids, **options)
+    cached = generate(shallow, ids, cache=cache, refresh=1, **options)
     assert torch.equal(plain.ids, cached.ids) and plain.forwards == cached.forwards
 
 
@@ -308,16 +308,16 @@ def watched(backbone, *args, **options) -> tuple[Sample, list[Sample]]:
 @pytest.mark.parametrize("options, mask_favoured", [
     *((options, False) for options in VARIANTS), *((options, True) for options in VARIANTS[:8:2]),
     *((options, True) for options in VARIANTS[8::4])], ids=str)
-def test_every_position_is_settled_once(backbone, options, mask_favoured, monkeypatch):
+def test_every_position_is_settled_once(shallow, options, mask_favoured, monkeypatch):
     """Whatever the order: the loop ends within the scheduled steps or one per position, the mask is
     never committed even where its logit is the largest (`propose` is asked for every order below),
     each step's fresh positions are new, and together they are the answer."""
     options = dict(gen_length=8, block_length=8, steps=8) | options
-    calls, hidden = [], backbone.hidden
-    monkeypatch.setattr(backbone, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
+    calls, hidden = [], shallow.hidden
+    monkeypatch.setattr(shallow, "hidden", lambda *a, **k: calls.append(1) or hidden(*a, **k))
     prompt = one_prompt(rows=2)
-    with boosted(backbone, MASK_ID, 1e4 if mask_favoured else 0.0):
-        result, steps = watched(backbone, prompt, **options)
+    with boosted(shallow, MASK_ID, 1e4 if mask_favoured else 0.0):
+        result, steps = watched(shallow, prompt, **options)
     assert result.ids.shape == (2, P + 8)
     assert torch.equal(result.ids[:, :P], prompt)
     assert not (result.ids == MASK_ID).any()
@@ -336,9 +336,9 @@ def test_every_position_is_settled_once(backbone, options, mask_favoured, monkey
 
 @pytest.mark.parametrize("options", [dict(), dict(threshold=0.03), dict(order="random"),
                                      dict(order="entropy")], ids=str)
-def test_blocks_are_settled_from_left_to_right(backbone, options):
+def test_blocks_are_settled_from_left_to_right(shallow, options):
     """Semi-autoregressive: no step commits beyond the leftmost block that has a mask."""
-    _, steps = watched(backbone, one_prompt(2), gen_length=G, block_length=8, steps=16, **options)
+    _, steps = watched(shallow, one_prompt(2), gen_length=G, block_length=8, steps=16, **options)
     for step in steps:
         blocks = step.fresh[:, P:].reshape(2, 4, 8).any(2).any(0)               # (4,)
         current = int(blocks.byte().argmax())
@@ -383,14 +383,14 @@ def test_confidences_are_float32_on_a_bfloat16_model(family, monkeypatch):
     assert set(seen) == {torch.float32}
 
 
-def test_guidance_fades_into_no_guidance(backbone):
+def test_guidance_fades_into_no_guidance(shallow):
     """With a scale next to nothing the guided logits are the conditional ones, padded or not; with
     a real scale they are not."""
     ids, pad_mask = left_pad(prompts_of([11, 5]), EOS_ID)
     options = dict(pad_mask=pad_mask, gen_length=G, steps=16, order="maskgit_plus")
-    plain = generate(backbone, ids, **options).ids
-    assert torch.equal(generate(backbone, ids, cfg_scale=1e-9, **options).ids, plain)
-    assert not torch.equal(generate(backbone, ids, cfg_scale=1.5, **options).ids, plain)
+    plain = generate(shallow, ids, **options).ids
+    assert torch.equal(generate(shallow, ids, cfg_scale=1e-9, **options).ids, plain)
+    assert not torch.equal(generate(shallow, ids, cfg_scale=1.5, **options).ids, plain)
 
 
 # ------------------------------------------------------------------ schedules
@@ -464,20 +464,20 @@ def test_a_leading_step_commits_one_position(order):
 
 @pytest.mark.parametrize("order", ["low_confidence", "maskgit_plus", "entropy"])
 @pytest.mark.parametrize("steps", [3, 16])
-def test_every_block_follows_the_plan(backbone, order, steps):
+def test_every_block_follows_the_plan(shallow, order, steps):
     """Each block gets steps / blocks steps, and the schedule begins anew in each; a step that has
     nothing to commit is not run."""
-    _, seen = watched(backbone, one_prompt(), gen_length=32, block_length=8, steps=4 * steps,
+    _, seen = watched(shallow, one_prompt(), gen_length=16, block_length=8, steps=2 * steps,
                       order=order)
-    counts = [commit.count for commit in plan(backbone.config, order, None, 8, steps)]
-    assert [int(step.fresh.sum()) for step in seen] == [n for n in counts if n] * 4
+    counts = [commit.count for commit in plan(shallow.config, order, None, 8, steps)]
+    assert [int(step.fresh.sum()) for step in seen] == [n for n in counts if n] * 2
 
 
-def test_origin_commits_with_the_published_chance(backbones):
+def test_origin_commits_with_the_published_chance(shallows):
     """Dream's "origin": a masked position is committed with probability 1 - s/t, so that of n
     masked ones the k-th of K steps leaves n (1 - k/K) on average (to eps and four deviations)."""
     rows, length, steps = 200, 16, 4
-    _, seen = watched(backbones["dream"], one_prompt(rows), gen_length=length, steps=steps,
+    _, seen = watched(shallows["dream"], one_prompt(rows), gen_length=length, steps=steps,
                       block_length=length, order="origin")
     left = 1.0
     for k, step in enumerate(seen):
@@ -569,12 +569,12 @@ RANDOM = [dict(temperature=0.8), dict(order="random"), dict(order="origin"),
 
 
 @pytest.mark.parametrize("options", RANDOM, ids=str)
-def test_a_generator_is_the_only_source_of_randomness(backbone, options):
+def test_a_generator_is_the_only_source_of_randomness(shallow, options):
     """The same seed gives the same ids, another seed others, none means seed 0, and torch's global
     generator is neither read nor moved."""
     def decode(seed=None):
         generator = None if seed is None else seeded(seed)
-        return generate(backbone, one_prompt(), gen_length=16, block_length=16, steps=4,
+        return generate(shallow, one_prompt(), gen_length=16, block_length=16, steps=4,
                         generator=generator, **options).ids.tolist()
 
     torch.manual_seed(1)
@@ -588,10 +588,10 @@ def test_a_generator_is_the_only_source_of_randomness(backbone, options):
     assert len({str(ids) for ids in (first, other, decode(1))}) == 3
 
 
-def test_temperature_0_needs_no_generator(backbone):
+def test_temperature_0_needs_no_generator(shallow):
     """With an order by confidence nothing is drawn: the seed does not matter."""
     options = dict(gen_length=16, block_length=16, steps=8, order="topk_margin")
-    results = {str(generate(backbone, one_prompt(), generator=seeded(seed), **options).ids.tolist())
+    results = {str(generate(shallow, one_prompt(), generator=seeded(seed), **options).ids.tolist())
                for seed in range(3)}
     assert len(results) == 1
 
@@ -602,13 +602,13 @@ def test_temperature_0_needs_no_generator(backbone):
     (dict(order="maskgit_plus"), dict(alg_temp=1e-6)),
     (dict(order="topk_margin"), dict(alg_temp=1e-6)),
     (dict(order="entropy"), dict(alg_temp=1e-6))], ids=str)
-def test_small_temperatures_approach_the_argmax(backbone, options, near):
+def test_small_temperatures_approach_the_argmax(shallow, options, near):
     """Near 0 either temperature decodes as at 0. (Dream's confidences are measured in the tempered
     distribution, so that there a temperature near 0 makes all of them 1.)"""
     options = dict(gen_length=16, block_length=16, steps=8) | options
-    cold = generate(backbone, one_prompt(), **options).ids
+    cold = generate(shallow, one_prompt(), **options).ids
     for seed in range(2):
-        drawn = generate(backbone, one_prompt(), generator=seeded(seed), **options, **near)
+        drawn = generate(shallow, one_prompt(), generator=seeded(seed), **options, **near)
         assert torch.equal(drawn.ids, cold)
 
 
@@ -705,15 +705,15 @@ def test_what_each_order_calls_confidence(temperature):
 
 
 @torch.no_grad()
-def test_first_tokens_are_drawn_from_the_models_softmax(backbone):
+def test_first_tokens_are_drawn_from_the_models_softmax(shallow):
     """End to end: of many rows with one prompt, the first token is distributed as the softmax of
     the logits that belong to it. The 20 most probable tokens, and the rest together."""
     rows, temperature = 1500, 0.5
     ids = torch.cat([one_prompt(), torch.full((1, 1), MASK_ID)], 1)
-    logits = backbone(ids)[0, P - 1 if backbone.config.shift else P] / temperature
+    logits = shallow(ids)[0, P - 1 if shallow.config.shift else P] / temperature
     logits[MASK_ID] = -torch.inf
     probability, index = logits.softmax(-1).sort(descending=True)
-    result = generate(backbone, one_prompt(rows), gen_length=1, block_length=1, steps=1,
+    result = generate(shallow, one_prompt(rows), gen_length=1, block_length=1, steps=1,
                       temperature=temperature, top_k=0)
     counts = torch.bincount(result.ids[:, P], minlength=512)[index]
     assert_drawn_from(torch.cat([counts[:20], counts[20:].sum()[None]]),

@@ -175,7 +175,7 @@ def test_training_and_held_out_are_disjoint(name):
                     for rng in [random.Random(f"{seed} {side}")] for _ in range(25)}
              for side in (True, False)}
     assert not sides[True] & sides[False]
-    share = sum(is_held_out(task, *example) for example in examples(name, 1500)) / 1500
+    share = sum(is_held_out(task, *example) for example in examples(name, 900)) / 900
     assert 0.085 < share < 0.165  # 0.125, and for sudoku what the 288 grids make of it
 
 
@@ -248,7 +248,7 @@ def test_haystacks(name, tokenizer):
     task = TASKS[name]
     kind, length = name.split("-")
     rng, positions = random.Random(0), set()
-    for _ in range(30):
+    for _ in range(15):
         prompt, answer = task.make(rng)
         hay, query = prompt.splitlines()
         assert len(tokenizer.encode(hay)) == len(hay) == int(length) and len(query) == 15
@@ -302,8 +302,8 @@ def test_the_haystack_model_finds_needles():
     backbone, tokenizer = load("haystack", "cpu")
     assert sum(f.stat().st_size for f in CHECKPOINTS["haystack"].iterdir() if f.is_file()) < 4e6
     right = {}
-    for length, number in ((48, 20), (128, 10)):
+    for length, number in ((48, 12), (128, 6)):
         task, rng = Haystack(length, *KINDS["needle4"]), random.Random(0)
         prompts = [draw(task, rng, held_out=True)[0] for _ in range(number)]
         right[length] = sum(bench.solve(backbone, tokenizer, task, prompts, 24, steps=24)[0])
-    assert right[48] >= 19 and right[128] < 5
+    assert right[48] >= 11 and right[128] < 3

@@ -216,34 +216,34 @@ def grads_of(memory: MetaState, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("options, reset", [
     (dict(), False), (dict(), True), (dict(K=2, lam=0.0, concentration=5.0), False),
     (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False)], ids=str)
-def test_the_loss_is_the_slow_one(backbone, options, reset):
+def test_the_loss_is_the_slow_one(shallow, options, reset):
     """Masks, the clock, weights, both means, Dream's shift, prompts and answers of several lengths
     with padding behind, the control without memory: loss and gradients are those of a loop over
     rows and steps that cuts the padding off."""
-    memory, rows = awake(backbone), examples()
+    memory, rows = awake(shallow), examples()
     asked = Recorded(options.get("reveal", at_random))
-    loss = loss_of(backbone, Reset(memory) if reset else memory, rows,
+    loss = loss_of(shallow, Reset(memory) if reset else memory, rows,
                    **options | {"reveal": asked})
-    slow = slow_loss(backbone, memory, rows, asked.revealed, options.get("lam", 0.5), reset).loss
+    slow = slow_loss(shallow, memory, rows, asked.revealed, options.get("lam", 0.5), reset).loss
     assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
     assert_close(grads_of(memory, loss), grads_of(memory, slow))
 
 
-def test_figures_are_the_dense_losses(backbone):
+def test_figures_are_the_dense_losses(shallow):
     """Of each step the mean over the rows that still have something masked."""
-    memory, rows, asked, figures = awake(backbone), examples(((4, 1), (3, 9))), Recorded(), {}
-    loss_of(backbone, memory, rows, K=5, reveal=asked, figures=figures)
+    memory, rows, asked, figures = awake(shallow), examples(((4, 1), (3, 9))), Recorded(), {}
+    loss_of(shallow, memory, rows, K=5, reveal=asked, figures=figures)
     assert (asked.losses[-1].isfinite().sum(1) == 0).any()  # one row is done before the last step
-    assert figures == pytest.approx(slow_loss(backbone, memory, rows, asked.revealed).dense,
+    assert figures == pytest.approx(slow_loss(shallow, memory, rows, asked.revealed).dense,
                                     rel=1e-5)
 
 
-def test_what_a_reveal_is_asked(backbone):
+def test_what_a_reveal_is_asked(shallow):
     """The losses of the tokens still masked in each row, from left to right, infinity behind them;
     and the counts, drawn once for all steps."""
-    memory, rows, asked = awake(backbone), examples(), Recorded()
-    loss_of(backbone, memory, rows, seed=4, K=3, concentration=2.0, reveal=asked)
-    slow = slow_loss(backbone, memory, rows, asked.revealed)
+    memory, rows, asked = awake(shallow), examples(), Recorded()
+    loss_of(shallow, memory, rows, seed=4, K=3, concentration=2.0, reveal=asked)
+    slow = slow_loss(shallow, memory, rows, asked.revealed)
     for ours, step in zip(asked.losses, slow.losses, strict=True):
         assert not ours.requires_grad
         for row, expected in zip(ours.tolist(), step, strict=True):
@@ -255,11 +255,11 @@ def test_what_a_reveal_is_asked(backbone):
 
 
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_the_steps_reveal_the_answer_once(backbone, K):
+def test_the_steps_reveal_the_answer_once(shallow, K):
     """From fully masked to fully revealed: in each row as many tokens as it has, and never more at
     a step than it still masks."""
     asked, rows = Recorded(), examples()
-    loss_of(backbone, awake(backbone), rows, K=K, reveal=asked)
+    loss_of(shallow, awake(shallow), rows, K=K, reveal=asked)
     assert sum(now.sum(1) for now in asked.revealed).tolist() == [len(a) for _, a in rows]
 
 
@@ -295,14 +295,14 @@ def test_the_weights_of_the_steps_sum_to_one(family, K, concentration):
     assert loss.item() == pytest.approx(math.log(backbone.config.vocab), rel=1e-5)
 
 
-def test_steps_that_reveal_nothing(backbone):
+def test_steps_that_reveal_nothing(shallow):
     """Far more steps than tokens: loss and gradients are finite, and those of the slow loop."""
-    memory, rows, asked = awake(backbone), examples(((4, 2), (3, 1), (5, 3))), Recorded()
-    loss = loss_of(backbone, memory, rows, K=8, concentration=0.2, reveal=asked)
+    memory, rows, asked = awake(shallow), examples(((4, 2), (3, 1), (5, 3))), Recorded()
+    loss = loss_of(shallow, memory, rows, K=8, concentration=0.2, reveal=asked)
     assert all((torch.stack(asked.counts) == 0).any(0))
     grads = grads_of(memory, loss)
     assert all(torch.isfinite(g).all() for g in grads.values())
-    slow = slow_loss(backbone, memory, rows, asked.revealed).loss
+    slow = slow_loss(shallow, memory, rows, asked.revealed).loss
     assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
     assert_close(grads, grads_of(memory, slow))
 
@@ -341,39 +341,39 @@ FEW = ((5, 8), (3, 6))  # prompts and answers
 
 
 @pytest.fixture(scope="module")
-def gradients(backbones) -> dict[str, dict[str, torch.Tensor]]:
+def gradients(shallows) -> dict[str, dict[str, torch.Tensor]]:
     """By family the gradient of the loss of a few examples, for every parameter of a memory."""
     found = {}
-    for family, backbone in backbones.items():
+    for family, backbone in shallows.items():
         memory = awake(backbone)
         found[family] = grads_of(memory, loss_of(backbone, memory, examples(FEW)))
     return found
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_the_gradient_is_that_of_finite_differences(backbone, family, gradients, name):
+def test_the_gradient_is_that_of_finite_differences(shallow, family, gradients, name):
     """Through all K steps, for each part of the memory: the loss changes along the gradient as the
     gradient says."""
-    memory, rows = awake(backbone), examples(FEW)
+    memory, rows = awake(shallow), examples(FEW)
     p, gradient = memory.get_parameter(name), gradients[family][name]
     slope, kept, losses = float(gradient.norm()), p.detach().clone(), []
     step = min(0.01 / slope, 0.1 * float(kept.norm()))  # moves the loss by 0.01 at the most
     with torch.no_grad():
         for sign in (1, -1):
             p.copy_(kept + sign * step * gradient / slope)
-            losses.append(float(loss_of(backbone, memory, rows)))
+            losses.append(float(loss_of(shallow, memory, rows)))
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
 @pytest.mark.parametrize("K", [2, 4])
-def test_cut_lets_gradients_reach_one_step_back(backbone, K):
+def test_cut_lets_gradients_reach_one_step_back(shallow, K):
     """The ablation has the same loss. Mixer and Updater learn from the step after theirs, so with
     two steps their gradient is the whole one; with four they miss the later steps. What reaches
     further back, through the first state or through what it did to the activations, is gone."""
-    memory, rows = awake(backbone), examples()
+    memory, rows = awake(shallow), examples()
     far = ("start", "injector.attention.out.weight", "injector.attention.kv.weight")
     near = ("updater.from_c.weight", "mixer.attention.kv.weight")
-    whole, cut = (loss_of(backbone, m, rows, K=K) for m in (memory, Cut(memory)))
+    whole, cut = (loss_of(shallow, m, rows, K=K) for m in (memory, Cut(memory)))
     assert whole.item() == cut.item()
     whole, cut = grads_of(memory, whole), grads_of(memory, cut)
     for name in near + far:
@@ -382,16 +382,16 @@ def test_cut_lets_gradients_reach_one_step_back(backbone, K):
         assert cut[name].norm() > 0
 
 
-def test_mixer_and_updater_have_no_part_in_reset(backbone):
+def test_mixer_and_updater_have_no_part_in_reset(shallow):
     """The control sees the first state at every step: its loss is another one, whatever they do."""
-    memory, rows = awake(backbone), examples()
-    carried, reset = (loss_of(backbone, m, rows).item() for m in (memory, Reset(memory)))
+    memory, rows = awake(shallow), examples()
+    carried, reset = (loss_of(shallow, m, rows).item() for m in (memory, Reset(memory)))
     assert abs(carried - reset) > 1e-3
     with torch.no_grad():
         for p in (*memory.mixer.parameters(), *memory.updater.parameters()):
             p.add_(0.3)
-    assert loss_of(backbone, Reset(memory), rows).item() == reset
-    assert loss_of(backbone, memory, rows).item() != carried
+    assert loss_of(shallow, Reset(memory), rows).item() == reset
+    assert loss_of(shallow, memory, rows).item() != carried
 
 
 def test_checkpointing_changes_nothing(family):
@@ -495,6 +495,13 @@ def arguments(ckpt: Path, out: Path, *flags) -> list[str]:
 
 
 @pytest.fixture
+def unevaluated(monkeypatch) -> None:
+    """Runs without the evaluation at their end, which takes longer than their few steps."""
+    monkeypatch.setattr(train, "fit", lambda *args, **options: fit(
+        *args, **options | {"evaluate": None}))
+
+
+@pytest.fixture
 def run(small_ckpt, tmp_path, capsys) -> Callable:
     """run(*flags, out=...) -> (exit code, stdout, stderr) of a few steps of train.py."""
     def call(*flags, out=tmp_path / "out") -> tuple[int, str, str]:
@@ -549,7 +556,7 @@ def test_training_from_end_to_end(run, small_ckpt, data, tmp_path):
     assert {"loss", "dense_1", "dense_2", "grad_norm"} <= lines[0].keys()
 
 
-def test_the_seed_decides(run, tmp_path):
+def test_the_seed_decides(run, unevaluated, tmp_path):
     """The same seed gives the same memory, bit for bit, and another seed another one."""
     for flags, name in (((), "out"), ((), "again"), (("--seed", 1), "other")):
         run(*flags, out=tmp_path / name)
@@ -562,7 +569,7 @@ VARIANTS = [("--reset", "--no-time", "--no-local"), ("--K", "1,3", "--reveal", "
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
-def test_every_variant_resumes(run, small_ckpt, tmp_path, monkeypatch, flags):
+def test_every_variant_resumes(run, unevaluated, small_ckpt, tmp_path, monkeypatch, flags):
     """Each control and ablation, stopped after its first checkpoint and started again, ends with
     the bytes of a run left alone; what the flags say is in the file."""
     flags, save = (*flags, "--steps", "2"), Run.save
@@ -603,7 +610,7 @@ def test_of_several_k_each_micro_batch_draws_one(run, asked):
     assert {call.K for call in asked if not call.training} == {1}
 
 
-def test_figures_are_of_trajectories_of_the_first_k(run, tmp_path):
+def test_figures_are_of_trajectories_of_the_first_k(run, unevaluated, tmp_path):
     """dense_k of the metrics are those of --K's first: steps of another count are no neighbours."""
     run("--K", "2,4", "--steps", 4)
     names = {name for line in metrics_of(tmp_path / "out") for name in line}
@@ -635,7 +642,7 @@ def test_defaults_go_by_the_backbone(small_ckpt, tmp_path, asked, monkeypatch, l
     assert (len(asked), asked[0].checkpointing) == expected[1:]
 
 
-def test_the_figures_are_those_of_all_micro_batches(run, tmp_path):
+def test_the_figures_are_those_of_all_micro_batches(run, unevaluated, tmp_path):
     """With K = 1 the loss is dense_1: what the metrics and the bar show has to be the mean over the
     micro-batches, as the loss is, and not the last one's."""
     run("--K", 1, "--micros", 4)
@@ -749,7 +756,7 @@ def test_arguments_that_make_no_sense(run, tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_other_flags_is_refused(run):
+def test_a_run_with_other_flags_is_refused(run, unevaluated):
     """The folder of a run is not overwritten by another one."""
     run()
     code, _, err = run("--lam", 0.25)
