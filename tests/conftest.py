@@ -3,6 +3,7 @@ to load, to break and to rig, and a short run to train."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import random
 import shutil
@@ -305,7 +306,13 @@ def assert_refused(cli_fails: Callable[..., str], folder: str | Path, *words: st
         assert word in str(caught.value) and word in line
 
 
-# ------------------------------------------------------------------ what is slow by nature
+# ------------------------------------------------------------------ what takes time
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look through it again and
+    again, some thousand times."""
+    gc.freeze()
+
+
 def pytest_configure(config) -> None:
     """Tests marked `faults` (many kills, many rounds) run with `make faults` only."""
     config.addinivalue_line("markers", "faults: slow by nature; run with -m faults")

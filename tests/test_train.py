@@ -357,7 +357,7 @@ def test_the_gradient_is_that_of_finite_differences(shallow, family, gradients, 
     memory, rows = awake(shallow), examples(FEW)
     p, gradient = memory.get_parameter(name), gradients[family][name]
     slope, kept, losses = float(gradient.norm()), p.detach().clone(), []
-    step = min(0.01 / slope, 0.1 * float(kept.norm()))  # moves the loss by 0.01 at the most
+    step = min(1e-3 / slope, 0.1 * float(kept.norm()))  # moves the loss by 0.001 at the most
     with torch.no_grad():
         for sign in (1, -1):
             p.copy_(kept + sign * step * gradient / slope)
