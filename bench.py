@@ -34,7 +34,7 @@ from lib.progress import progress, slow
 from lib.stats import Accuracies, Clock, Timings, limits, new_figure, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
-from model import Backbone, Cache, Config, load
+from model import Backbone, Cache, Config, config_of, load
 from sample import Sample, denoise, generate
 from tasks import TASKS, Task, draw
 from train import unrolled_loss
@@ -204,13 +204,11 @@ def flash_attention(backbone: Backbone, length: int) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """Steps, whole generations and a training step, beside the machine's limits."""
+    c = config_of(args.ckpt.removeprefix("random:"))
+    most = max(*args.lengths, args.prompt + args.gen, args.train or 0)
+    require(most <= c.max_len, f"{most} tokens are more than the model's {c.max_len}")
     backbone, _ = slow(f"loading {args.ckpt}")(load)(args.ckpt, args.device, args.dtype)
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
-    require(args.block <= min(args.lengths) and args.gen % args.block == 0,
-            f"a --block of {args.block} has to fit into every length and to divide --gen")
-    most = max(*args.lengths, args.prompt + args.gen, args.train or 0)
-    require(most <= backbone.config.max_len, f"{most} tokens are more than the model's "
-            f"{backbone.config.max_len}")
     clock = Clock(device, args.warmup, args.repeat)
     flops, copied = limits(clock, dtype)
     if device.type == "cuda":

@@ -304,6 +304,6 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
     else:
         folder = find(ckpt)
         backbone = unfilled(Config.from_json(folder))
-        backbone.load_state_dict(read_stacked(folder, layout(backbone), device, dtype), assign=True)
         tokenizer = Tokenizer.found_in(folder, backbone.config.vocab, name)
+        backbone.load_state_dict(read_stacked(folder, layout(backbone), device, dtype), assign=True)
     return backbone.eval().requires_grad_(False), tokenizer

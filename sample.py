@@ -299,11 +299,11 @@ parser = partial(sampling_parser, __doc__, ORDERS, TASKS)
 
 def answer(args, decode: Callable[..., Sample] = generate) -> int:
     """Answer what the command line asks by `decode(backbone, ids, **options)`: the exit code."""
-    require(not args.compare or args.memory, "--compare needs a --memory to compare with")
+    length, tasks = stated(args.ckpt)
+    options = decoding(args, length)
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     memory = MetaState.load(args.memory, backbone) if args.memory else None
-    device, (length, tasks) = backbone.embedding.weight.device, stated(args.ckpt)
-    options = decoding(args, length)
+    device = backbone.embedding.weight.device
     compile_on(device, args.compile, backbone, memory)
 
     def by(used: MetaState | None) -> Callable[..., Sample]:

@@ -66,21 +66,34 @@ def check_config(c) -> None:
 
 def check_memory(sizes, numbers: int) -> None:
     """Refuse sizes of a memory, as its file states them, that cannot be, or that need not come from
-    a file of so many numbers: any two of its widths have a matrix between them."""
+    a file of so many numbers: any two of its widths have a matrix between them, and those of the
+    Updater and the conditioner are square."""
     require(isinstance(sizes, dict), f"sizes are {sizes!r}")
     for name, n in sizes.items():
         switch = name in ("time", "local")
         require(type(n) is (bool if switch else int) and (switch or 0 < n <= 2 ** 16),
                 f"{name} is {n!r}")
     get = sizes.get
-    *_, second, first = sorted((get("dim", 1), get("width", 1), get("cond", 1)))
-    most = max(first * second, get("slots", 1) * get("width", 1))
+    dim, width, cond = get("dim", 1), get("width", 1), get("cond", 1)
+    most = max(dim * width, 3 * width * width, cond * max(cond, 2 * dim, 2 * width),
+               get("slots", 1) * width)
     require(most <= numbers, f"sizes of {sizes} do not come to {numbers} numbers")
     require(get("width", 0) % get("heads", 8) == 0,
             f"{get('heads')} heads do not divide its width of {get('width')}")
 
 
 # ------------------------------------------------------------------ settings
+def check_blocks(gen_length: int, block_length: int, steps: int) -> int:
+    """The number of blocks of an answer; refuses what does not divide."""
+    require(gen_length > 0 < block_length and gen_length % block_length == 0,
+            f"gen_length {gen_length} is not a multiple of block_length {block_length}")
+    blocks = gen_length // block_length
+    require(0 < steps <= 2 ** 16, f"{steps} steps: from 1 to {2 ** 16} can be taken")
+    require(steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
+            f"(gen_length {gen_length} / block_length {block_length})")
+    return blocks
+
+
 def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order, orders, threshold,
                      by_probability, cache, refresh, temperature, top_p, top_k, alg_temp,
                      cfg_scale) -> None:
@@ -96,12 +109,7 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
         require(not pad_mask.all(1).any(), "a prompt is empty: it is all padding")
         require(not (pad_mask[:, 1:] & ~pad_mask[:, :-1]).any(),
                 "prompts are padded on the left only")
-    require(gen_length > 0 < block_length and gen_length % block_length == 0,
-            f"gen_length {gen_length} is not a multiple of block_length {block_length}")
-    blocks = gen_length // block_length
-    require(0 < steps <= 2 ** 16, f"{steps} steps: from 1 to {2 ** 16} can be taken")
-    require(steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
-            f"(gen_length {gen_length} / block_length {block_length})")
+    blocks = check_blocks(gen_length, block_length, steps)
     require(prompt.shape[1] + gen_length <= c.max_len, f"a prompt of {prompt.shape[1]} tokens and "
             f"gen_length {gen_length} leave no room in the model's {c.max_len} positions")
     require(cache in (None, "prefix", "dual"), f"unknown cache {cache!r}: prefix or dual")

@@ -7,6 +7,7 @@ import errno
 import functools
 import math
 import os
+import re
 import shutil
 import sys
 from contextvars import ContextVar
@@ -42,7 +43,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
-        self.checks: list[Callable] = []  # of what was parsed, as a whole
+        # of what was parsed, as a whole; a parent's too
+        self.checks: list[Callable] = [c for p in kwargs.get("parents", ()) for c in p.checks]
 
     def parse_known_args(self, *args, **kwargs):
         """argparse's, and the checks."""
@@ -92,6 +94,17 @@ def number(low: float, high: float = math.inf, open_low: bool = False) -> Callab
         return value
 
     return parse
+
+
+def written(text: str) -> str:
+    """The type of a prompt on the command line: a text of some length. What a locale that is not
+    UTF-8 made of its bytes is undone."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the prompt is empty")
+    try:
+        return os.fsencode(text).decode() if re.search("[\ud800-\udfff]", text) else text
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no Unicode text in UTF-8") from error
 
 
 def named(text: str) -> str:

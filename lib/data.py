@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lib.cli import InputError, require
 from lib.files import parse_json, read_lines, write_atomic
 from lib.hub import CHECKPOINTS, stated
+from lib.outputs import input_file, tried
 from lib.progress import progress, slow
 from lib.prompts import at, no_mask, prompt_ids
 from lib.run import first_process_first
@@ -85,17 +86,29 @@ def task_batches(draw: Callable, tokenizer: Tokenizer, eos_id: int, length: int,
 
 
 # ------------------------------------------------------------------ files
-def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_length: int,
-                  mask_id: int | None = None) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) ids of a JSONL file with `messages` (the last one is the answer) or `prompt`
-    and `response` a line, in the format in which sampling asks. An answer ends with EOS and is cut
-    where the two together pass max_length; an example whose prompt leaves less than 8 positions is
-    dropped. Raises `InputError` with the file and line number, also for the mask token, which would
-    stand for something that is not there."""
-    examples, dropped = [], 0
-    for where, line in progress(read_lines(path), f"examples of {path}", bar=False):
+class DataFile(str):
+    """The path of a file of examples on the command line, and what stands in it: (place, messages),
+    of which the last is the answer."""
+
+    records: list[tuple[str, list]] | None = None
+
+
+def data_file(text: str) -> DataFile:
+    """The type of a file of examples on the command line: it is read before any model is."""
+    found = DataFile(input_file(text))
+    found.records = tried(read_records, text)
+    return found
+
+
+def read_records(path: str | Path) -> list[tuple[str, list]]:
+    """(file and line, messages) of a JSONL file with `messages` or `prompt` and `response` a line.
+    Raises `InputError` for a line that is neither or both, or holds no answer."""
+    records = []
+    for where, line in progress(read_lines(path), f"lines of {path}", bar=False):
         fields = parse_json(line, where)
         messages = fields.get("messages")
+        require(messages is None or fields.get("prompt") is None,
+                f"{where}: `prompt` and `messages`: only one can be learned")
         if messages is None and "prompt" in fields:
             messages = [{"role": "user", "content": fields["prompt"]},
                         {"role": "assistant", "content": fields.get("response")}]
@@ -104,9 +117,23 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_lengt
                 and isinstance(last.get("content"), str) and last["content"] != "",
                 f"{where}: no response: a line needs `messages` that end with the assistant's, or "
                 "`prompt` and `response`")
+        records.append((where, messages))
+    return records
+
+
+def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_length: int,
+                  mask_id: int | None = None) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) ids of a JSONL file with `messages` (the last one is the answer) or `prompt`
+    and `response` a line, in the format in which sampling asks. An answer ends with EOS and is cut
+    where the two together pass max_length; an example whose prompt leaves less than 8 positions is
+    dropped. Raises `InputError` with the file and line number, also for the mask token, which would
+    stand for something that is not there."""
+    records = getattr(path, "records", None) or read_records(path)
+    examples, dropped = [], 0
+    for where, messages in progress(records, f"examples of {path}", bar=False):
         with at(where):
             prompt = prompt_ids(messages[:-1], tokenizer, False, mask_id)
-            answer = tokenizer.answer(last["content"]) + [eos_id]
+            answer = tokenizer.answer(messages[-1]["content"]) + [eos_id]
             no_mask(answer, tokenizer, mask_id, "the response")
         if len(prompt) > max_length - 8:
             dropped += 1
@@ -161,7 +188,7 @@ def tulu_path(seed: int, number: int = 50_000) -> Path:
 def check_source(args) -> None:
     """Raise an `InputError` before a large checkpoint is loaded to be trained on the Tulu-3 mixture
     that is not there and cannot be prepared."""
-    published = isinstance(CHECKPOINTS.get(args.ckpt), str)  # none of those names tasks
+    published = isinstance(CHECKPOINTS.get(args.ckpt, 0), str) or args.ckpt in CHECKPOINTS.values()
     if published and args.data is None and not tulu_path(args.seed).is_file():
         require(find_spec("datasets") is not None, NO_DATASETS)
 

@@ -84,10 +84,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, metadata
 
 
-def read_text(path: str | Path, errors: str = "strict") -> str:
+def check_tensors(path: str | Path) -> None:
+    """Raise an `InputError` for what is no safetensors file; its tensors are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, or an `InputError` that names it."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
@@ -122,9 +131,22 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> list[tuple[str, str]]:
-    """("path:number", text) for every line of a file that is not blank."""
-    lines = read_text(path, errors).split("\n")  # not splitlines: JSON may hold U+2028 and its like
-    return [(f"{path}:{n}", line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    """("path:number", text) for every line of a UTF-8 file that is not blank, without the marks
+    that some editors put in front of a file, and files put together have at other lines too. Raises
+    `InputError` for a file that cannot be read, or names the line that is not UTF-8."""
+    try:
+        raw = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    lines = []
+    for n, line in enumerate(raw.split(b"\n"), 1):  # JSON may hold U+2028 and its like
+        try:
+            text = line.decode(errors=errors).removeprefix("\ufeff").rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{n}: not UTF-8 ({error})") from error
+        if text.strip():
+            lines.append((f"{path}:{n}", text))
+    return lines
 
 
 def _finite(text: str) -> float:

@@ -28,15 +28,23 @@ WANTED = ["config.json", "generation_config.json", "*.safetensors", "model.safet
           "chat_template.json"]  # no code, no pickles
 
 
+def folder_of(ckpt: str | Path) -> Path | None:
+    """The folder that a nickname or a path names, None where there is none: a hub id, or nothing.
+    os.path takes names that no system has (too long, of a user who is not there); Path does not."""
+    folder = os.path.expanduser(CHECKPOINTS.get(str(ckpt), ckpt))
+    return Path(folder) if os.path.isdir(folder) else None
+
+
 def find(ckpt: str | Path) -> Path:
     """The local folder of a checkpoint: a nickname, a folder, or a hub id, which is downloaded
     (weights, config and tokenizer only) when the hub's cache does not hold it whole."""
-    target = CHECKPOINTS.get(str(ckpt), ckpt)
-    folder = os.path.expanduser(target)
-    if os.path.isdir(folder):
+    target, folder = CHECKPOINTS.get(str(ckpt), ckpt), folder_of(ckpt)
+    if folder is not None:
         require(os.path.isfile(os.path.join(folder, "config.json")), f"no config.json in {folder}: "
                 "pass a folder with config.json, *.safetensors and the tokenizer's files")
-        return Path(folder)
+        return folder
+    require(not str(ckpt).startswith("random:"), f"{ckpt} has neither files nor a tokenizer: pass "
+            f"{str(ckpt).removeprefix('random:')!r} itself, or another checkpoint")
     require(str(ckpt) not in CHECKPOINTS or isinstance(target, str), f"{target} is not there: "
             f"python -m studies.pretrain {ckpt} --out {target} makes it")
     require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(target))),

@@ -46,7 +46,7 @@ class LiveView:
             print(f"{step.forwards:4d}  {text}", file=self.stream, flush=True)
             return
         size = shutil.get_terminal_size()
-        lines = self.frame(step, size.columns)[-max(1, size.lines - 1):]
+        lines = self.frame(step, size.columns)[-(size.lines - 1):] if size.lines > 1 else []
         up = f"\x1b[{self.drawn}F" if self.drawn else ""
         self.stream.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         self.stream.flush()
@@ -135,7 +135,6 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
     task: the name to take where no prompt is given, if there is one. Raises `InputError`."""
     if args.prompts is not None:
-        require(not args.compare, "--compare shows one prompt twice: leave it out with --prompts")
         room = special.max_len - gen_length
         require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "
                 f"{special.max_len} positions")

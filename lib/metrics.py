@@ -35,6 +35,6 @@ def _metrics(line: str, where: str | Path) -> dict:
     step = fields.get("step")
     require(type(step) is int and 0 < step < 2 ** 53, f"{where}: its step is {step!r:.40}")
     for name, value in fields.items():
-        require(type(value) in (int, float),
-                f"{where}: {name} is {value!r:.40}, which is no number")
+        require(type(value) in (int, float) and abs(value) < 1e300,
+                f"{where}: {name} is {value!r:.40}, which is no number of a training")
     return fields

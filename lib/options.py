@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Callable, Iterable
 
 from lib import identity
-from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, seed, size,
-                     whole)
-from lib.data import check_source
-from lib.outputs import input_file, output_folder
+from lib.checks import check_blocks
+from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
+                     whole, written)
+from lib.data import check_source, data_file
+from lib.outputs import input_stream, output_folder, tensors_file
 from lib.stats import plot_file
 
 
@@ -17,7 +18,7 @@ rate = number(0, 100, open_low=True)  # of learning
 
 
 def with_text(text: str) -> str:
-    """The name of a checkpoint that can be expected to have a tokenizer."""
+    """The type of the name of a checkpoint that can be expected to have a tokenizer."""
     if text.startswith("random:"):
         raise argparse.ArgumentTypeError(f"{text!r} has no tokenizer, so a text can neither be "
                                          "read nor written; it is for bench.py speed")
@@ -64,26 +65,43 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
     """The options of `generate` that the command line gives, for a checkpoint that states the
     length of its answers."""
     length = args.gen_length or length
-    return {**{name: getattr(args, name) for name in (
+    options = {**{name: getattr(args, name) for name in (
         "order", "threshold", "cache", "refresh", "temperature", "top_p", "top_k", "alg_temp",
         "cfg_scale")}, "gen_length": length, "steps": args.steps or length,
         "block_length": args.block_length or (length if length % 32 else 32),
         "stop_at_eos": not args.no_early_stop}
+    check_blocks(length, options["block_length"], options["steps"])
+    return options
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuse options of sample.py that do not go together."""
+    require(not args.compare or args.memory, "--compare needs a --memory to compare with")
+    require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "
+            "out with --prompts")
+
+
+def check_speed(args: argparse.Namespace) -> None:
+    """Refuse lengths of bench.py speed that do not go together."""
+    require(args.block <= min(args.lengths) and args.gen % args.block == 0,
+            f"a --block of {args.block} has to fit into every length and to divide --gen")
 
 
 def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Parser:
     """What sample.py takes."""
     p = Parser(description=doc)
+    p.checks.append(check_sampling)
     what = p.add_argument_group("what to answer (by default a task that the checkpoint names)")
     what = what.add_mutually_exclusive_group()
-    what.add_argument("--prompt", help="a text; a user's message where the model has a chat format")
-    what.add_argument("--prompts", type=named, metavar="FILE", help="one prompt a line, text or "
-                      "JSON with `prompt` or `messages`; prints one JSON result a line")
+    what.add_argument("--prompt", type=written, help="a text; a user's message where the model has "
+                      "a chat format")
+    what.add_argument("--prompts", type=input_stream, metavar="FILE", help="one prompt a line, "
+                      "text or JSON with `prompt` or `messages`; prints one JSON result a line")
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")
     p.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
     add_model_options(p, kind=with_text)
-    p.add_argument("--memory", type=input_file, metavar="FILE", help="a MetaState memory trained "
-                   "for it")
+    p.add_argument("--memory", type=tensors_file, metavar="FILE",
+                   help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
     add_decoding_options(p, orders)
     p.add_argument("--seed", type=seed, default=0, help="of drawn tokens and of --task")
@@ -98,7 +116,7 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
                      micros: int | None = None) -> None:
     """--data and how much of it is taken at a time, with a command's own defaults."""
     parser.checks.append(check_source)
-    parser.add_argument("--data", type=input_file, metavar="FILE", help="JSONL with messages, or "
+    parser.add_argument("--data", type=data_file, metavar="FILE", help="JSONL with messages, or "
                         "prompt and response (default: the checkpoint's own tasks, else the Tulu-3 "
                         "mixture)")
     parser.add_argument("--max-length", type=count, default=max_length, help="tokens of prompt and "
@@ -154,15 +172,16 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     a.add_argument("--budgets", type=listed(count), default=[1, 2, 4, 8], help="tokens per step")
     a.add_argument("--thresholds", type=listed(number(0, 1, open_low=True), empty=True),
                    default=[0.9999, 0.999, 0.99, 0.9], help='also by confidence; "" for none')
-    a.add_argument("--memory", type=input_file, nargs="*", metavar="FILE", help="memories, one per "
-                   "training seed (default: metastate*.safetensors in the folder of a checkpoint "
-                   "with tasks)")
-    a.add_argument("--reset", type=input_file, nargs="*", metavar="FILE", help="memories of "
+    a.add_argument("--memory", type=tensors_file, nargs="*", metavar="FILE", help="memories, one "
+                   "per training seed (default: metastate*.safetensors in the folder of a "
+                   "checkpoint with tasks)")
+    a.add_argument("--reset", type=tensors_file, nargs="*", metavar="FILE", help="memories of "
                    "train.py --reset (default: reset*.safetensors there)")
     a.add_argument("--prompts", type=whole(1, 10 ** 5), default=500, help="held-out prompts a task")
     a.add_argument("--plot", type=plot_file, metavar="FILE", help="accuracy against forwards "
                    "(matplotlib)")
     s = tables.add_parser("speed", help="steps, generations and training against the limits")
+    s.checks.append(check_speed)
     s.add_argument("--lengths", type=listed(count), default=[128, 256], help="tokens of a "
                    "sequence, comma-separated")
     s.add_argument("--prompt", type=count, default=128, help="tokens to generate from")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
+import shutil
 import stat
 import weakref
 from pathlib import Path
 from typing import Callable
 
 from lib.cli import InputError, require, running
-from lib.files import new_file, remove_leftovers
+from lib.files import check_tensors, new_file, remove_leftovers
 
 try:
     import fcntl
@@ -49,8 +51,9 @@ def own(folder: str | Path) -> Owned:
         _try_to_write(path)
         for file in path.iterdir():
             if file.suffix in (".safetensors", ".json", ".jsonl", ".txt"):
-                require(_kind(file) not in NO_FILES, f"cannot write to {path}: {file.name} is "
-                        "there, and no file: move it away")
+                kind = _kind(file)  # None is a link to nothing, and what it names would be made
+                require(kind is not None and kind not in NO_FILES, f"cannot write to {path}: "
+                        f"{file.name} is there, and no file: move it away")
     except OSError as error:
         _remove_empty(made)
         raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}"
@@ -92,6 +95,13 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def check_disk(folder: Path, size: int) -> None:
+    """Refuse to begin what needs so many bytes on a disk that has less."""
+    free = shutil.disk_usage(folder).free
+    require(size <= free, f"a checkpoint takes {size / 1e6:.1f} MB, and the disk of {folder} has "
+            f"{free / 1e6:.1f} MB left")
+
+
 def _kind(path: Path) -> int | None:
     """What stands at a path (S_IFREG, ...), links followed, or None where nothing does. Raises
     `OSError` for a path that cannot be."""
@@ -113,6 +123,8 @@ def _try_to_write(folder: Path) -> None:
 def _path(text: str | Path) -> Path:
     """An absolute path, which stays the same when the working folder changes."""
     require(str(text) != "" and "\0" not in str(text), f"{str(text)!r} is no path")
+    require(not re.search("[\ud800-\udfff]", str(text)), f"{str(text)!r} is no path in UTF-8, "
+            "which is all that safetensors can open")
     return Path(text).absolute()
 
 
@@ -127,24 +139,36 @@ def output_folder(text: str) -> Folder:
     """The type of a folder on the command line that the command writes to."""
     folder = Folder(text)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first writes
-        folder.owner = _argument(own, text)
+        folder.owner = tried(own, text)
     return folder
 
 
 def output_file(text: str) -> str:
     """The type of a file on the command line that the command writes: it can be, as far as can be
     seen without writing it."""
-    _argument(_try_file, text)
+    tried(_try_file, text)
     return text
 
 
 def input_file(text: str) -> str:
     """The type of a file on the command line that the command reads."""
-    _argument(_try_to_read, text)
+    tried(_try_to_read, text)
     return text
 
 
-def _argument(check: Callable, text: str):
+def input_stream(text: str) -> str:
+    """The type of a file on the command line that is read once: a pipe or a terminal will do."""
+    tried(_try_to_stream, text)
+    return text
+
+
+def tensors_file(text: str) -> str:
+    """The type of a safetensors file on the command line that the command reads."""
+    tried(check_tensors, input_file(text))
+    return text
+
+
+def tried(check: Callable, text: str):
     """check(text) where a command runs, its error as argparse wants it."""
     try:
         return check(text) if running.get() else None
@@ -160,10 +184,36 @@ def _try_file(text: str) -> None:
                 f"cannot write {text}: that is no file")
         path.parent.mkdir(parents=True, exist_ok=True)
         _try_to_write(path.parent)
+        if os.path.lexists(path):
+            _try_to_replace(path)
     except OSError as error:
         raise InputError(f"cannot write {text}: {error.strerror or error}") from error
     finally:
         _remove_empty(made)
+
+
+def _try_to_replace(path: Path) -> None:
+    """Raise an `OSError` where another file could not take the place of this one: nobody may write
+    it, it is another user's in a folder where that counts, or something is mounted on it."""
+    if path.is_file():
+        open(path, "rb+").close()
+    folder, owner = path.parent.stat(), path.lstat().st_uid
+    if folder.st_mode & stat.S_ISVTX and os.name == "posix" \
+            and os.geteuid() not in (0, owner, folder.st_uid):
+        raise PermissionError("it is another user's, in a folder where nobody else may replace it")
+    with contextlib.suppress(FileNotFoundError):  # Linux
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            if str(path) in {line.split()[4] for line in mounts}:
+                raise OSError("something is mounted there: mount its folder")
+
+
+def _try_to_stream(text: str) -> None:
+    kind = _kind(_path(text))
+    if kind == stat.S_IFCHR:  # /dev/zero has no end
+        with open(text, "rb") as file:
+            require(file.isatty(), f"cannot read {text}: that is no file")
+    elif kind != stat.S_IFIFO:
+        _try_to_read(text)
 
 
 def _try_to_read(text: str) -> None:

@@ -102,7 +102,7 @@ def id_of(line: str) -> object:
     """The `id` of a line that is refused, None where it has none that can be written."""
     try:
         found = json.loads(line)["id"]
-        to_json(found)
+        to_json([[found]])  # one level more than it will be written with
         return found
     except (ValueError, RecursionError, LookupError, TypeError):
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -21,7 +20,7 @@ from lib.cli import InputError, require
 from lib.files import read_tensors, save_tensors, to_json
 from lib.interrupts import Stop
 from lib.metrics import keep_up_to
-from lib.outputs import own
+from lib.outputs import check_disk, own
 from lib.progress import say, slow
 from lib.terminal import note
 
@@ -32,7 +31,12 @@ def processes() -> tuple[int, int]:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise InputError("the environment has RANK, as if torchrun had started this, but the "
+                             f"processes do not find together ({str(error).splitlines()[0]}): "
+                             "start with torchrun, or unset RANK") from error
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -179,10 +183,7 @@ class Run:
         if self.rank != 0:
             return None
         owner = own(self.out)
-        size = 3 * sum(p.numel() * p.element_size() for p in self.parameters.values())
-        free = shutil.disk_usage(self.out).free
-        require(size <= free, f"a checkpoint takes {size / 1e6:.1f} MB, and the disk of {self.out} "
-                f"has {free / 1e6:.1f} MB left")
+        check_disk(self.out, 3 * sum(p.nbytes for p in self.parameters.values()))
         return owner
 
     def _resume(self) -> tuple[int, int | None]:

@@ -18,8 +18,6 @@ from lib.progress import progress, slow
 
 
 # ------------------------------------------------------------------ accuracy
-
-
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a proportion of n (Wilson's score interval)."""
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n

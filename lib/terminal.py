@@ -27,8 +27,9 @@ def harmless(text: str) -> str:
 
 
 def note(message: str) -> None:
-    """Say something on stderr, as one line that no terminal would obey."""
-    print(printable(" ".join(message.split())), file=sys.stderr)
+    """Say something on stderr, as one line that no terminal would obey, if anybody listens."""
+    with contextlib.suppress(OSError):
+        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
 
 
 def complain(message: str) -> None:

@@ -7,7 +7,7 @@ import tokenizers
 import torch
 
 from lib.cli import require
-from lib.vocabulary import chat_trained, library, read_vocabulary
+from lib.vocabulary import chat_trained, library, read_vocabulary, silenced
 
 
 class Tokenizer:
@@ -47,13 +47,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it is: nothing is put in front; special tokens written out count."""
-        with library(f"{text[:40]!r} cannot be encoded (is it Unicode?)"):
+        with library(f"{text[:40]!r} cannot be encoded (is it Unicode?)"), silenced():
             return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids, skip_special: bool = False) -> str:
         """Text of a list (or 1-d tensor) of ids, special tokens included unless skipped."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        with library("an answer cannot be decoded"):
+        with library("an answer cannot be decoded"), silenced():
             return self.core.decode(ids, skip_special_tokens=skip_special)
 
     @property

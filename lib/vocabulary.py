@@ -40,8 +40,9 @@ def read_vocabulary(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     merges.txt and what is added to them. Raises `InputError` when neither is there, or a file is
     broken."""
     vocab = None
-    with library(f"cannot read the tokenizer in {path}"), _silenced():
+    with library(f"cannot read the tokenizer in {path}"), silenced():
         if (path / "tokenizer.json").is_file():
+            check_growth(path / "tokenizer.json")
             core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         else:
             core, vocab = _byte_level_bpe(path)
@@ -52,6 +53,20 @@ def read_vocabulary(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
             core.model.dropout = None  # of training: a text would have other ids each time
         _try(core)
     return core, vocab or core.get_vocab(with_added_tokens=True)
+
+
+def check_growth(file: Path, most: float = 1000) -> None:
+    """Refuse a tokenizer.json whose Replace steps, one after the other, could make a text more than
+    `most` times as long: a few kilobytes of them fill any memory."""
+    if file.read_bytes().count(b'"Replace"') < 2:  # published ones have one, if any
+        return
+    growth, parts = 1.0, [read_json(file)]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict) and part.get("type") == "Replace":
+            growth *= max(1, len(part["content"]) / max(1, len(part["pattern"].get("String", ""))))
+    require(growth <= most, f"its Replace steps make a text up to {growth:.2g} times as long")
 
 
 def _byte_level_bpe(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
@@ -126,7 +141,7 @@ def library(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Without what Rust writes to the process's own stderr when it panics, its call stack and
     all."""
     try:
@@ -134,7 +149,8 @@ def _silenced() -> Iterator[None]:
     except OSError:  # there is none
         yield
         return
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     os.close(nothing)

@@ -16,6 +16,7 @@ answer is written. Each decision is marked `# paper` (or its published code) or 
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Iterator
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 from lib.cli import InputError, require
 from lib.files import read_json
-from lib.hub import find
+from lib.hub import find, folder_of
 from model import Backbone, rope
 from sample import Sample, generate
 
@@ -64,8 +65,8 @@ class Settings:
         """From a folder that train wrote or its fast_weights.json; the published ones for a
         checkpoint that has none."""
         path = Path(where)
-        if not path.is_file():
-            path = (path if path.is_dir() else find(where)) / SETTINGS
+        if not os.path.isfile(where):
+            path = (folder_of(where) or find(where)) / SETTINGS
         if not path.is_file():
             return cls()
         raw = read_json(path)

@@ -15,6 +15,7 @@ training step and a prompt cost; a folder that `train` wrote for each training s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -33,8 +34,8 @@ from lib.data import choose_data, move, task_batches
 from lib.files import to_json, write_atomic, write_text
 from lib.hub import find, stated, texts_of
 from lib.metrics import read_metrics
-from lib.options import add_data_options, add_model_options, rate, run_settings
-from lib.outputs import output_folder
+from lib.options import add_data_options, add_model_options, rate, run_settings, with_text
+from lib.outputs import check_disk, output_folder
 from lib.progress import progress, slow
 from lib.run import local_device, processes
 from lib.stats import Accuracies, Clock
@@ -73,6 +74,8 @@ def train(args: argparse.Namespace) -> None:
     c, device = backbone.config, backbone.embedding.weight.device
     backbone.checkpointing = args.checkpointing
     batch = choose_data(args, tokenizer, c, draw)
+    if processes()[0] == 0:
+        check_disk(out, sum(p.nbytes for p in backbone.parameters()))  # the end needs it
     if args.tune == "full":
         slow, parameters = None, dict(backbone.requires_grad_().named_parameters())
     else:
@@ -133,11 +136,18 @@ def bench(args: argparse.Namespace) -> None:
     checkpoints that differ in their training seed alone."""
     groups = {"standard": args.standard, "MemDLM": args.memdlm, **dict(args.also)}
     require(len(groups) == 2 + len(args.also), "--also needs names of their own")
-    settings = {group: Settings.read(folders[0]) for group, folders in groups.items()}
-    models = {group: [load(folder, args.device) for folder in folders]
+    settings = {}
+    for group, folders in groups.items():
+        settings[group], *others = map(Settings.read, folders)
+        require(all(other == settings[group] for other in others), f"the folders of {group} differ "
+                f"in their {SETTINGS}: they are no training seeds of one setting")
+    runs = read_runs(groups)
+    models = {group: [(backbone, needed(tokenizer, folder)) for folder in folders
+                      for backbone, tokenizer in (load(folder, args.device),)]
               for group, folders in groups.items()}
     answer_length = stated(args.standard[0]).length
     steps = args.steps or answer_length
+    check_lengths(args, models, answer_length)
     variants = {f"{group}, {'on' if on else 'off'}": (group, settings[group] if on else None)
                 for group in groups for on in (False, True)}
     shape = (len(args.kinds), len(args.lengths), args.prompts)
@@ -168,7 +178,7 @@ def bench(args: argparse.Namespace) -> None:
           "% right (95% interval over training seeds and prompts); training seeds: "
           + ", ".join(f"{group} {len(folders)}" for group, folders in groups.items()))
     leads = print_leads(measured, list(variants), every, args.lengths)
-    curves = held_out_curves(groups)
+    curves = held_out_curves(runs)
     costs = print_costs(args, models["standard"][0], settings["MemDLM"], answer_length,
                         steps)
     if args.json:
@@ -192,17 +202,34 @@ def print_leads(measured: Accuracies, variants: list[str], every: list[int],
     return leads
 
 
-def held_out_curves(groups: dict[str, list[str]], most: int = 10) -> list[dict]:
-    """Print and return the held-out losses in the metrics of each group's runs, at `most` of the
-    steps at which they were measured."""
-    curves = []
+def check_lengths(args: argparse.Namespace, models: dict, answer_length: int) -> None:
+    """Refuse haystacks that leave no room for an answer in one of the models."""
+    for length in (*args.lengths, args.train_length):
+        text = Haystack(length, *KINDS[args.kinds[0]]).make(random.Random(args.seed))[0]
+        for backbone, tokenizer in itertools.chain(*models.values()):
+            tokens, most = len(tokenizer.encode(text)) + answer_length, backbone.config.max_len
+            require(tokens <= most, f"a haystack of {length} tokens and its answer come to {tokens}"
+                    f", more than the model's {most}")
+
+
+def read_runs(groups: dict[str, list[str]]) -> dict[str, list[dict[int, dict]]]:
+    """By group, for each of its runs: step -> figures, where held-out losses were measured. Raises
+    `InputError` for a run without."""
+    runs: dict[str, list[dict[int, dict]]] = {group: [] for group in groups}
     for group, folders in groups.items():
-        runs = []
         for folder in folders:
             path = Path(folder) / "metrics.jsonl"
-            runs.append({line["step"]: line for line in read_metrics(path)
-                         if "held_out" in line and "held_out_adapted" in line})
-            require(bool(runs[-1]), f"{path} holds no held-out losses")
+            runs[group].append({line["step"]: line for line in read_metrics(path)
+                                if "held_out" in line and "held_out_adapted" in line})
+            require(bool(runs[group][-1]), f"{path} holds no held-out losses")
+    return runs
+
+
+def held_out_curves(groups: dict[str, list[dict]], most: int = 10) -> list[dict]:
+    """Print and return the held-out losses of each group's runs, as of `read_runs`, at `most` of
+    the steps at which they were measured."""
+    curves = []
+    for group, runs in groups.items():
         steps = sorted(set.intersection(*map(set, runs)))
         for step in steps:
             for key in ("held_out", "held_out_adapted"):
@@ -275,8 +302,8 @@ def parser() -> Parser:
     q = commands.add_parser("sample", help="write with the prompt stored in fast weights",
                             parents=[sample_parser()], conflict_handler="resolve")
     q.set_defaults(run=sample)
-    q.add_argument("--fast-weights", type=named, metavar="FOLDER", help="of the settings "
-                   "(default: the checkpoint's, else the published ones)")
+    q.add_argument("--fast-weights", type=named, metavar="FOLDER", help="whose settings: those of "
+                   "its fast_weights.json, without one the published (default: the checkpoint's)")
     q = commands.add_parser("bench", help="fast weights off and on: accuracy, losses, cost")
     q.set_defaults(run=bench)
     add_bench_options(q)
@@ -287,7 +314,7 @@ def add_train_options(p: Parser) -> None:
     """What is trained on what, the outer loop, and the inner one."""
     p.add_argument("--out", type=output_folder, default="out/memdlm", help="folder of the run and "
                    "of the checkpoint it makes; resumes if killed")
-    add_model_options(p, "haystack", compiled=False)
+    add_model_options(p, "haystack", compiled=False, kind=with_text)
     add_data_options(p, max_length=4096, batch_size=16, micros=1)
     slow = p.add_argument_group("outer loop")
     slow.add_argument("--tune", choices=("lora", "full"), default="lora", help="what is trained: a "

@@ -22,8 +22,8 @@ from lib.cli import InputError, Parser, command, count, one_of, seed
 from lib.files import write_text
 from lib.hub import stated
 from lib.live import NEWLINE, answer_text
-from lib.options import add_model_options
-from lib.outputs import input_file, output_file
+from lib.options import add_model_options, with_text
+from lib.outputs import output_file, tensors_file
 from lib.progress import progress
 from lib.terminal import printable
 from lib.tokenizer import Tokenizer, needed
@@ -173,8 +173,8 @@ def picture(prompt: str, caption: str, panels: list[Denoising], width: int = 24 
 def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
-    add_model_options(p, compiled=False)
-    p.add_argument("--memory", type=input_file, metavar="FILE", required=True,
+    add_model_options(p, compiled=False, kind=with_text)
+    p.add_argument("--memory", type=tensors_file, metavar="FILE", required=True,
                    help="a MetaState memory trained for it")
     p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
     p.add_argument("--steps", type=count, default=6, help="denoising steps")

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from lib.checks import finite
-from lib.cli import Parser, command, count, named, one_of, require, seed, size, whole
+from lib.cli import Parser, command, count, one_of, require, seed, size, whole, written
 from lib.data import task_batch
 from lib.files import read_text, to_json
-from lib.hub import CHECKPOINTS, Stated, stated
+from lib.hub import Stated, folder_of, stated
 from lib.live import NEWLINE
-from lib.options import add_model_options
-from lib.outputs import input_file
+from lib.options import add_model_options, with_text
+from lib.outputs import input_file, input_stream, tensors_file
 from lib.progress import progress, slow
 from lib.prompts import Prompt, prompt_ids, read_prompts
 from lib.stats import new_figure, plot_file, save_figure
@@ -73,6 +73,12 @@ def probe(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int = 128,
 
 
 @torch.no_grad()
+def check_steps(after: int, steps: int, n_masks: int) -> None:
+    """Refuse a probe after so many of so many steps over so many masks that cannot be."""
+    require(0 <= after < steps <= n_masks, f"--after {after} of --steps {steps} over {n_masks} "
+            "masks: steps are at most the masks, and after less than the steps")
+
+
 def probe_after(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int, after: int,
                 memory: MetaState | None = None, steps: int | None = None,
                 generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,8 +94,7 @@ def probe_after(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int, aft
     require(n_masks > 0 and P + n_masks <= c.max_len,
             f"a prompt of {P} tokens and {n_masks} masks do not fit into the model's {c.max_len} "
             "positions: shorten the prompt or lower --n-masks")
-    require(0 <= after < steps <= n_masks, f"--after {after} of --steps {steps} over {n_masks} "
-            "masks: steps are at most the masks, and after less than the steps")
+    check_steps(after, steps, n_masks)
     generator = generator or torch.Generator().manual_seed(0)
     prompt = torch.as_tensor(prompt_ids, device=device)[None]                      # (1, P)
     ids = torch.cat([prompt, prompt.new_full((1, n_masks), c.mask_id)], 1)         # (1, P + n)
@@ -365,10 +370,10 @@ def parser() -> Parser:
     p = Parser(description=__doc__)
     what = p.add_argument_group("what to probe (by default a task that the checkpoint names)")
     source = what.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="a text; a user's message where the model has a chat "
-                        "format")
-    source.add_argument("--prompts", type=named, metavar="FILE", help="one prompt a line, text or "
-                        "JSON with `prompt` or `messages`")
+    source.add_argument("--prompt", type=written, help="a text; a user's message where the model "
+                        "has a chat format")
+    source.add_argument("--prompts", type=input_stream, metavar="FILE", help="one prompt a line, "
+                        "text or JSON with `prompt` or `messages`")
     source.add_argument("--task", type=one_of(TASKS, "task"), help="held-out prompts of this task")
     source.add_argument("--trap", action="store_true", help="the marginal trap instead, on the CPU")
     what.add_argument("--number", type=size, default=1, help="how many of the task's (default: 1)")
@@ -377,8 +382,8 @@ def parser() -> Parser:
                       "what the model's length leaves)")
     what.add_argument("--samples", type=count, default=10_000, help="with --trap: to draw")
     what.add_argument("--seed", type=seed, default=0, help="of --task, --after and --trap")
-    add_model_options(p, compiled=False)
-    p.add_argument("--memory", type=input_file, metavar="FILE",
+    add_model_options(p, compiled=False, kind=with_text)
+    p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory: off and on")
     p.add_argument("--after", type=whole(0), help="denoising steps before the probe (default: 0, "
                    "with --memory half of them)")
@@ -399,7 +404,7 @@ def parser() -> Parser:
 def tasks_of(ckpt: str) -> Stated:
     """What the checkpoint states, without a download: published ones state no tasks. Raises
     `InputError` for a task that is not there."""
-    if not Path(CHECKPOINTS.get(ckpt, ckpt)).expanduser().is_dir():
+    if folder_of(ckpt) is None:
         return Stated(128, [])
     found = stated(ckpt)
     for name in found.tasks:
@@ -461,7 +466,7 @@ def measure(args: argparse.Namespace) -> int:
     prompts of a file have errors."""
     known, asked = tasks_of(args.ckpt), (args.prompt, args.prompts, args.task)
     require(bool(known.tasks) or any(x is not None for x in asked),
-            f"what should {args.ckpt} be asked? Pass --prompt, --prompts or --task")
+            f"what should --ckpt {args.ckpt} be asked? Pass --prompt, --prompts or --task")
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     c, tokenizer = backbone.config, needed(tokenizer, args.ckpt)
     require((args.n_masks or 1) < c.max_len, f"--n-masks {args.n_masks} leaves no room for a "
@@ -477,6 +482,7 @@ def measure(args: argparse.Namespace) -> int:
     variants = {"memory off": None, "memory on": MetaState.load(args.memory, backbone)} \
         if args.memory else {"": None}
     unigram, source = unigram_for(args, tokenizer, c, known)
+    check_steps(after, steps, n)
     common = {"n_masks": n, "steps": steps, "after": after}
 
     if not args.json:
@@ -523,6 +529,8 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser().parse_args(argv)
     require(not (args.trap and (args.memory or args.plot)), "--trap trains a memory of its own and "
             f"has no plot: leave out {'--memory' if args.memory else '--plot'}")
+    require(not args.trap or args.device in (None, "cpu"), f"--trap runs on the CPU, not on "
+            f"{args.device!r}")
     return (trap if args.trap else measure)(args)
 
 

@@ -210,7 +210,9 @@ def test_weights_that_no_machine_has(tmp_path):
 @pytest.mark.parametrize("changes", [
     {"width": 2 ** 16, "dim": 2 ** 16}, {"slots": 10 ** 9}, {"slots": 2 ** 16}, {"heads": 10 ** 9},
     {"heads": 5}, {"heads": 0}, {"dim": -1}, {"dim": 64.0}, {"width": "32"}, {"time": "false"},
-    {"local": 0}, {"cond": 2 ** 16}, {"cond": None}, {"slots": True}], ids=str)
+    {"local": 0}, {"cond": 2 ** 16}, {"cond": None}, {"slots": True},
+    {"width": 1024, "dim": 1, "slots": 1, "cond": 1},
+    {"cond": 1024, "dim": 1, "slots": 1, "width": 4}], ids=str)
 def test_sizes_of_a_memory_that_its_file_does_not_come_to(backbone, tmp_path, changes):
     """Refused before anything is allocated."""
     memory = awake(backbone)
@@ -335,6 +337,27 @@ def test_what_the_library_panics_at(ckpt, changes, capfd):
     assert sample.main(["--ckpt", str(ckpt), "--prompt", "hi", "--device", "cpu"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and str(ckpt) in err
+
+
+def test_what_the_library_panics_at_later(ckpt, capfd):
+    """A pattern that takes for ever on one text: one line of ours, and none of Rust's."""
+    edit(ckpt / "tokenizer.json", lambda raw: raw.update(normalizer={
+        "type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}))
+    tokenizer = Tokenizer.from_folder(ckpt)
+    with pytest.raises(InputError, match="cannot be encoded"):
+        tokenizer.encode("a" * 40 + "!")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("where", ["normalizer", "decoder"])
+def test_a_tokenizer_that_makes_texts_longer_and_longer(ckpt, where):
+    """24 steps that each double a letter: 16 million for one, were they taken."""
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    steps = {"normalizer": "normalizers", "decoder": "decoders"}[where]
+    edit(ckpt / "tokenizer.json", lambda raw: raw.update(
+        {where: {"type": "Sequence", steps: [double] * 24}}))
+    with pytest.raises(InputError, match="1.7e[+]07 times as long"):
+        Tokenizer.from_folder(ckpt)
 
 
 class Panic(BaseException):

@@ -14,12 +14,16 @@ import pytest
 import torch
 from conftest import DATA, ROOT
 
+import bench
 import sample
+import train
 from lib.cli import (InputError, Parser, command, count, listed, number, one_of, require,
                      seed)
 from model import load
+from studies import footprint, memdlm, picture, probe
 
 CPU = ["--device", "cpu"]
+SHIPPED = ROOT / "checkpoints" / "tiny" / "metastate.safetensors"
 
 
 # ------------------------------------------------------------------ how a command ends
@@ -54,6 +58,27 @@ def test_a_checkpoint_that_names_an_unknown_task(cli_fails, ckpt):
     (ckpt / "generation_config.json").write_text('{"tasks": ["chess"]}')
     line = cli_fails("--ckpt", ckpt, *CPU)
     assert "chess" in line and "sudoku" in line
+
+
+NO_NAMES = ["x" * 300, "~nobody-of-that-name/x", "random:llada-8b"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+@pytest.mark.parametrize("main, argv", [
+    (sample.main, ["--prompt", "hi", "--ckpt"]), (probe.main, ["--prompt", "hi", "--ckpt"]),
+    (train.main, ["--out", "out", "--ckpt"]), (picture.main, ["--memory", SHIPPED, "--ckpt"]),
+    (memdlm.main, ["sample", "--prompt", "hi", "--ckpt"]), (footprint.main, ["--ckpt"]),
+    (memdlm.main, ["train", "--out", "out", "--ckpt"]), (bench.main, ["accuracy", "--ckpt"]),
+    (memdlm.main, ["sample", "--prompt", "hi", "--ckpt", "tiny", "--fast-weights"]),
+    (memdlm.main, ["bench", "--standard", "tiny", "--memdlm"])], ids=repr)
+def test_names_that_no_checkpoint_has(main, argv, name, capsys, tmp_path, monkeypatch):
+    """Too long for the system, of a user who is not there, or with no files of its own: each
+    command says so in one line, before anything is read."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*map(str, argv), name]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert name[:40] in err
 
 
 def process(*argv, **options) -> subprocess.CompletedProcess:

@@ -68,8 +68,8 @@ def test_both_forms_of_a_line(family, tokenizers, tmp_path):
     {"prompt": None, "response": "Yes."}, {"prompt": 3, "response": "Yes."}, {"messages": []},
     {"messages": [ASSISTANT]}, {"messages": [USER]}, {"messages": [USER, USER]},
     {"messages": "Hi?"}, {"messages": [USER, {"role": "assistant"}]}, {"messages": [3, ASSISTANT]},
-    {"messages": [{"role": 3, "content": "Hi?"}, ASSISTANT]}, {"messages": [USER, "Yes."]}],
-    ids=str)
+    {"messages": [{"role": 3, "content": "Hi?"}, ASSISTANT]}, {"messages": [USER, "Yes."]},
+    {"messages": [USER, ASSISTANT], "prompt": "Hi?", "response": "No."}], ids=str)
 def test_lines_that_are_no_example(tokenizers, tmp_path, line):
     """The file and the line are named."""
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "a", "response": "b"}, "", line)
@@ -90,6 +90,17 @@ def test_what_no_example_may_hold(tmp_path, line):
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "a", "response": "b"}, line)
     with pytest.raises(InputError, match=r"x\.jsonl:2: "):
         read_examples(path, tokenizer, EOS_ID, 500, MASK_ID)
+
+
+def test_files_that_were_put_together(tokenizers, tmp_path):
+    """A byte order mark in front of any line is none of it; what is not UTF-8 names its line."""
+    path = tmp_path / "x.jsonl"
+    line = b'\xef\xbb\xbf{"prompt": "a", "response": "b"}\r\n'
+    path.write_bytes(line + line)
+    assert len(read_examples(path, tokenizers["llada"], EOS_ID, 500)) == 2
+    path.write_bytes(line + b'{"prompt": "\xff", "response": "b"}\n')
+    with pytest.raises(InputError, match=r"x\.jsonl:2: not UTF-8"):
+        read_examples(path, tokenizers["llada"], EOS_ID, 500)
 
 
 @pytest.mark.parametrize("content", [None, "", "\n \n"])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS_ID, MASK_ID, byte_tokenizer
+from conftest import DATA, EOS_ID, MASK_ID, byte_tokenizer
 
 import sample
 from lib.cli import command
@@ -168,6 +168,12 @@ def test_only_what_fits_is_drawn_on_a_low_terminal(terminal, tokenizer):
     assert lines == [str(i) for i in range(24, 30)] and status.startswith("79/79")
 
 
+def test_a_terminal_of_one_line_shows_no_frames(terminal, tokenizer):
+    """The line would scroll away with every step."""
+    screen = terminal(*[step_of(tokenizer.encode("ab"))] * 2, lines=1)
+    assert [screen.text(row) for row in range(len(screen.lines))] == [""]
+
+
 def test_characters_split_among_tokens_come_out_whole(terminal, tokenizer):
     """"é界😀" is nine byte tokens: a run of one kind is decoded together."""
     ids = tokenizer.encode("é界😀")
@@ -237,11 +243,13 @@ def test_the_command_line_writes_plain_lines_to_a_pipe(text_ckpt, capsys):
     assert re.search(rf"tokens  {len(steps)} forwards  .* tokens/s$", lines[-2])
 
 
+FILE = str(DATA / "llada" / "model.safetensors")  # of tensors, as memories are
 WRITTEN = ("tab\there \U0001f469\u200d\U0001f680\n" + "界\n" * 20
            + "\x1b[31m\x9b\u202e\u2066\x07\r end\r\n")
 
 
-@pytest.mark.parametrize("argv, times", [([], 1), (["--compare"], 2), (["--quiet"], 1)], ids=str)
+@pytest.mark.parametrize("argv, times", [([], 1), (["--compare", "--memory", FILE], 2),
+                                         (["--quiet"], 1)], ids=lambda x: str(x)[:12])
 def test_the_answer_on_a_terminal_is_the_answer(tokenizer, monkeypatch, argv, times):
     """After the last step the frames are gone and the whole text stands there, also what a window
     of ten lines never showed, tabs and joiners as they are and characters split among tokens; what

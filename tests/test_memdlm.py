@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Callable
 
 import pytest
 import torch
-from conftest import (DATA, EOS_ID, MASK_ID, awake, metrics_of, prompts_of, saved_step, seeded,
-                      small_checkpoint)
+from conftest import (DATA, EOS_ID, MASK_ID, METRICS, awake, metrics_of, prompts_of, saved_step,
+                      seeded, small_checkpoint)
 from safetensors.torch import load_file
 from torch.func import functional_call
 
@@ -620,6 +621,15 @@ def test_settings_that_make_no_sense(tmp_path, text, word):
 
 
 # ------------------------------------------------------------------ the bench
+SPOILT = [
+    (lambda folder: (folder / METRICS).unlink(), METRICS),
+    (lambda folder: (folder / METRICS).write_text('{"step": 1, "held_out": 1' + "0" * 400 + "}"),
+     "no number of a training"),
+    (lambda folder: (folder / "fast_weights.json").write_text('{"K": 3}'), "differ"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+    (lambda folder: None, "")]  # and a training step of haystacks too long
+
+
 def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
     """Each group off and on, with intervals by training seed; held-out curves and costs; the last
     line is JSON."""
@@ -650,6 +660,13 @@ def test_the_bench_compares_groups(run, tmp_path, capsys, monkeypatch):
         assert memdlm.main([*argv, *bad]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and word in err
+    for spoil, word in SPOILT:  # said before anything is measured
+        folder = shutil.copytree(folders["fast"][0], tmp_path / "spoilt", dirs_exist_ok=True)
+        spoil(folder)
+        bad = ["--memdlm", folders["fast"][0], str(folder), *["--train-length", "300"] * (not word)]
+        assert memdlm.main([*argv, *bad]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and (word or "300 tokens") in err
 
 
 def test_the_bench_adapts_each_prompt_by_itself(small, monkeypatch):

@@ -14,6 +14,7 @@ from conftest import METRICS, ROOT, STATE, toy_run
 from processes import child
 
 import bench
+import sample
 import train
 from lib import data, outputs
 from lib.cli import InputError, command
@@ -155,10 +156,12 @@ def in_the_way(folder: Path) -> dict[str, Path]:
     (folder / "loop").symlink_to(folder / "loop")
     return {"file": folder / "file", "below a file": folder / "file" / "x", "long": folder / (
         "x" * 300), "pipe": folder / "pipe", "loop": folder / "loop",
-        "no room for names": Path("/proc/self/x"), "null": folder / "a\0b", "empty": Path("")}
+        "no room for names": Path("/proc/self/x"), "null": folder / "a\0b", "empty": Path(""),
+        "no text": folder / "\udcff"}
 
 
-WAYS = ["file", "below a file", "long", "pipe", "loop", "no room for names", "null", "empty"]
+WAYS = ["file", "below a file", "long", "pipe", "loop", "no room for names", "null", "empty",
+        "no text"]
 
 
 def refused(main, argv, capsys) -> str:
@@ -176,7 +179,7 @@ def no_load(monkeypatch):
     def load(*args):
         raise AssertionError("work began")
 
-    for module in (train, memdlm, pretrain, picture, probe, bench):
+    for module in (train, memdlm, pretrain, picture, probe, bench, sample):
         monkeypatch.setattr(module, "load", load)
 
 
@@ -208,6 +211,21 @@ def test_files_are_tried_at_once(way, tmp_path, capsys, no_load):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_file_that_cannot_be_replaced(tmp_path, capsys, no_load, monkeypatch):
+    """Another user's in a folder like /tmp, and one on which something is mounted."""
+    argv = ["--memory", ROOT / "checkpoints" / "tiny" / "metastate.safetensors", "--out"]
+    (tmp_path / "x.svg").touch()
+    tmp_path.chmod(0o1777)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 12345)
+        assert "another user" in refused(picture.main, [*argv, tmp_path / "x.svg"], capsys)
+    mounts = Path("/proc/self/mountinfo")
+    for line in mounts.read_text().splitlines() if mounts.is_file() else ():
+        if os.path.isfile(file := line.split()[4]) and os.access(file, os.W_OK):
+            assert "mount" in refused(picture.main, [*argv, file], capsys)
+            break
+
+
 def test_a_plot_that_cannot_be_drawn(tmp_path, capsys, no_load, monkeypatch):
     """A format that matplotlib has not, and matplotlib that is not there."""
     for main, argv in ((bench.main, ["accuracy"]), (probe.main, [])):
@@ -219,14 +237,17 @@ def test_a_plot_that_cannot_be_drawn(tmp_path, capsys, no_load, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [STATE, METRICS, "metastate.safetensors", "config.json"])
-@pytest.mark.parametrize("kind", ["folder", "pipe", "socket"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "link to nothing"])
 def test_what_stands_where_a_result_would(name, kind, tmp_path, capsys, no_load, monkeypatch):
-    """A folder or a pipe under the name of a file that the end of a training writes."""
+    """A folder or a pipe under the name of a file that the end of a training writes, or a link that
+    would make what it names."""
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     if kind == "folder":
         Path(name).mkdir()
     elif kind == "pipe":
         os.mkfifo(name)
+    elif kind == "link to nothing":
+        Path(name).symlink_to(tmp_path.parent / "nothing")
     else:
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(name)
@@ -253,8 +274,26 @@ def test_a_parser_alone_tries_nothing(tmp_path, monkeypatch):
 
 
 def test_inputs_are_tried_at_once(tmp_path, capsys, no_load):
-    """--data and --memory: not there, a folder, a pipe that nobody writes to."""
+    """--data, --memory and --prompts: not there, a folder, a pipe that nobody writes to, what has
+    no end; memories that are none, and lines of data."""
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "junk").write_text("{")
+    memory = ROOT / "checkpoints" / "tiny" / "metastate.safetensors"
+    for main, argv in ((train.main, ["--out", tmp_path / "out", "--data"]),
+                       (memdlm.main, ["train", "--out", tmp_path / "out", "--data"]),
+                       (bench.main, ["accuracy", "--memory"]), (probe.main, ["--memory"]),
+                       (sample.main, ["--memory"]), (bench.main, ["accuracy", "--reset"]),
+                       (picture.main, ["--memory"])):
+        assert argv[-1] in refused(main, [*argv, tmp_path / "junk"], capsys)
+    for path in (tmp_path / "none", tmp_path, "/dev/zero", ""):
+        for main in (sample.main, probe.main):
+            assert "--prompts" in refused(main, ["--prompts", path], capsys)
+    assert "--compare" in refused(sample.main, ["--compare"], capsys)
+    assert "--compare" in refused(sample.main, [
+        "--compare", "--memory", memory, "--prompts", tmp_path / "junk"], capsys)
+    assert "33" in refused(sample.main, ["--gen-length", 33, "--block-length", 32], capsys)
+    for options in (["--lengths", 16], ["--gen", 40], ["--lengths", 4096]):
+        refused(bench.main, ["speed", *options], capsys)
     for path in (tmp_path / "none", tmp_path, tmp_path / "pipe", ""):
         for main, argv in ((train.main, ["--out", tmp_path / "out", "--data"]),
                            (memdlm.main, ["train", "--out", tmp_path / "out", "--data"]),

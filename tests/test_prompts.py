@@ -9,10 +9,10 @@ from conftest import MASK_ID
 
 import sample
 from lib.cli import InputError
-from lib.live import answer_prompts
-from lib.options import sampling_parser
+from lib.files import to_json
 from lib.prompts import Prompt, read_prompts
 from lib.tokenizer import Tokenizer
+from metastate import MetaState
 from model import load
 from studies import probe
 
@@ -144,12 +144,12 @@ def test_a_mask_in_a_prompt_of_the_command_line(cli_fails, text_ckpt):
     assert probe.main(["--ckpt", str(text_ckpt), "--prompt", "<|mask|>", *CPU]) == 2
 
 
-def test_a_file_is_not_compared(text_ckpt, tmp_path, capsys):
+def test_a_file_is_not_compared(cli_fails, text_ckpt, tmp_path):
     """One of two answers to each prompt would be a choice that nobody made."""
-    backbone, tokenizer = load(text_ckpt, "cpu")
-    args = sampling_parser("", ["random"], []).parse_args(["--prompts", "x", "--compare"])
-    with pytest.raises(InputError, match="--compare"):
-        answer_prompts(args, {}, tokenizer, backbone.config, "cpu", 8, {}, None, None)
+    (tmp_path / "x").write_text("a\n")
+    MetaState.for_backbone(load(text_ckpt, "cpu")[0]).save(tmp_path / "m.safetensors")
+    assert "--compare" in cli_fails("--ckpt", text_ckpt, "--prompts", tmp_path / "x", "--compare",
+                                    "--memory", tmp_path / "m.safetensors")
 
 
 def test_no_room_for_any_prompt(cli_fails, text_ckpt, tmp_path):
@@ -182,6 +182,24 @@ def test_the_probe_goes_on_without_a_bad_line(text_ckpt, tmp_path, capsys):
     file.write_text("[3]\n")
     assert probe.main(argv) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_a_line_that_is_almost_too_deep(tokenizers, tmp_path):
+    """One whose `id` can just be written, and not with anything around it: its own error."""
+    file = tmp_path / "x.jsonl"
+    for depth in range(900, 1000):
+        file.write_text(json.dumps({"prompt": ""})[:-1] + ', "id": ' + "[" * depth + "]" * depth
+                        + '}\n{"prompt": "b"}\n')
+        bad, good = read_prompts(str(file), tokenizers["llada"], True, 100, MASK_ID)
+        assert bad.error and not good.error and strict(to_json(bad.refused()))["error"]
+
+
+def test_files_that_were_put_together(tokenizers, tmp_path):
+    """A byte order mark in front of any line is none of it."""
+    file = tmp_path / "x.jsonl"
+    file.write_text('\ufeff{"prompt": "a", "id": 1}\n\ufeff{"prompt": "b", "id": 2}\n')
+    found = read_prompts(str(file), tokenizers["llada"], True, 100, MASK_ID)
+    assert [prompt.fields["id"] for prompt in found] == [1, 2]
 
 
 def test_what_cannot_be_read_at_all(tokenizers, tmp_path):

@@ -257,6 +257,15 @@ def uneven(rank: int, out: Path) -> None:
         sys.exit(2)
 
 
+def test_a_rank_without_the_others(tmp_path, monkeypatch):
+    """RANK, left in the environment by a cluster: one line that says so."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="RANK.*torchrun"):
+        toy_run(tmp_path)
+
+
 def test_processes_that_do_not_divide_the_micros(tmp_path):
     """One line, on every rank, instead of an uneven average."""
     assert together(uneven, tmp_path) == [2, 2]

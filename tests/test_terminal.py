@@ -3,6 +3,7 @@ work."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -105,6 +106,14 @@ def test_a_pipe_is_utf_8_and_a_terminal_shows_what_it_can(monkeypatch, encoding)
     assert main() == 0
     shown = terminal.sent.decode(encoding)
     assert shown == ("界 ░\n\ufffd\n" if encoding.startswith("utf") else "? ?\n?\n")
+
+
+def test_nobody_hears_an_error(monkeypatch):
+    """A full disk behind stderr changes no exit code."""
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing fails too
+        monkeypatch.setattr("sys.stderr", full)
+        assert sample.main(["--ckpt", "nosuch"]) == 2
+        monkeypatch.undo()
 
 
 def test_a_closed_stream_swallows(monkeypatch):
