@@ -1,6 +1,6 @@
 """What decoding with fewer steps costs, and how fast a step is.
 
-    python bench.py accuracy                       # tasks x steps and thresholds, some 25 min
+    python bench.py accuracy                       # tasks x steps and thresholds, up to an hour
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
 
@@ -31,7 +31,7 @@ from lib.hub import find, stated
 from lib.live import answer_text
 from lib.options import bench_parser
 from lib.progress import progress, slow
-from lib.stats import Accuracies, Clock, Timings, limits, new_figure, plot
+from lib.stats import Accuracies, Clock, Timings, limits, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
 from model import Backbone, Cache, Config, config_of, load
@@ -83,8 +83,6 @@ def accuracy(args: argparse.Namespace) -> None:
     for name in names:
         require(name in TASKS, f"{args.ckpt} names a task {name!r}, which is none of "
                 + ", ".join(TASKS))
-    if args.plot:
-        new_figure()  # what is missing is said now, not in 25 minutes
     trained = memories(backbone, args.ckpt, args.memory, "metastate", bool(named))
     reset = memories(backbone, args.ckpt, args.reset, "reset", bool(named))
     compile_on(backbone.embedding.weight.device, args.compile, backbone, *trained, *reset)

@@ -137,7 +137,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     gen_length is a multiple of block_length, and steps of the number of blocks.
     order, threshold, alg_temp: which positions a step commits, see `plan` and `choose`.
     temperature, top_p, top_k: which tokens, see `propose`. top_k None is the published default: no
-        cut for LLaDA, 50 for Dream, which inherits it from transformers' configuration; 0 is none.
+        cut for LLaDA, 50 for Dream, whose sampler inherits that without saying so; 0 is none.
     cfg_scale, cache, refresh: guidance and Fast-dLLM's "prefix" and "dual" caches, see `Steps`.
     stop_at_eos: stop once everything before every row's first EOS is settled; EOS fills the rest.
     generator: the source of all randomness, on the backbone's device; a seed of 0 if None.

@@ -131,15 +131,15 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> list[tuple[str, str]]:
-    """("path:number", text) for every line of a UTF-8 file that is not blank, without the marks
-    that some editors put in front of a file, and files put together have at other lines too. Raises
-    `InputError` for a file that cannot be read, or names the line that is not UTF-8."""
+    """("path:number", text) for every line of a UTF-8 file that is not blank. A byte order mark in
+    front of a line is left out: files that are put together have them inside. Raises `InputError`
+    for a file that cannot be read, with the number of a line that is not UTF-8."""
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     lines = []
-    for n, line in enumerate(raw.split(b"\n"), 1):  # JSON may hold U+2028 and its like
+    for n, line in enumerate(raw.split(b"\n"), 1):  # no splitlines: JSON may hold U+2028
         try:
             text = line.decode(errors=errors).removeprefix("\ufeff").rstrip("\r")
         except UnicodeDecodeError as error:

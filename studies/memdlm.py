@@ -142,9 +142,11 @@ def bench(args: argparse.Namespace) -> None:
         require(all(other == settings[group] for other in others), f"the folders of {group} differ "
                 f"in their {SETTINGS}: they are no training seeds of one setting")
     runs = read_runs(groups)
-    models = {group: [(backbone, needed(tokenizer, folder)) for folder in folders
-                      for backbone, tokenizer in (load(folder, args.device),)]
+    models = {group: [load(folder, args.device) for folder in folders]
               for group, folders in groups.items()}
+    for group, folders in groups.items():
+        for (_, tokenizer), folder in zip(models[group], folders):
+            needed(tokenizer, folder)
     answer_length = stated(args.standard[0]).length
     steps = args.steps or answer_length
     check_lengths(args, models, answer_length)

@@ -72,13 +72,13 @@ def probe(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int = 128,
     return probe_after(backbone, prompt_ids, n_masks, 0, memory)[1]
 
 
-@torch.no_grad()
 def check_steps(after: int, steps: int, n_masks: int) -> None:
     """Refuse a probe after so many of so many steps over so many masks that cannot be."""
     require(0 <= after < steps <= n_masks, f"--after {after} of --steps {steps} over {n_masks} "
             "masks: steps are at most the masks, and after less than the steps")
 
 
+@torch.no_grad()
 def probe_after(backbone: Backbone, prompt_ids: Sequence[int], n_masks: int, after: int,
                 memory: MetaState | None = None, steps: int | None = None,
                 generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -309,8 +310,11 @@ def assert_refused(cli_fails: Callable[..., str], folder: str | Path, *words: st
 # ------------------------------------------------------------------ what takes time
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look through it again and
-    again, some thousand times."""
+    again, some thousand times. Where processes will be forked, what they are forked from gets ready
+    beside the first tests."""
     gc.freeze()
+    if "processes" in sys.modules:
+        forkserver.ensure_running()
 
 
 def pytest_configure(config) -> None:

@@ -144,7 +144,7 @@ def test_the_shipped_memories_are_memory(capsys):
     seed of the control by far, and so does their mean, also over themselves with the memories of
     other prompts."""
     _, result = result_of(capsys, "accuracy", "--tasks", "chain,sums", "--budgets", "4",
-                          "--prompts", "16", "--thresholds", "")
+                          "--prompts", "20", "--thresholds", "")
     seeds = {r["variant"]: r["seeds"] for r in result["rows"] if r["task"] == "mean"}
     assert [len(seeds[v]) for v in ("frozen", "MetaState", "shuffled", "reset")] == [1, 3, 3, 3]
     assert min(seeds["MetaState"]) > max(seeds["frozen"] + seeds["reset"]) + 20

@@ -302,8 +302,8 @@ def test_the_haystack_model_finds_needles():
     backbone, tokenizer = load("haystack", "cpu")
     assert sum(f.stat().st_size for f in CHECKPOINTS["haystack"].iterdir() if f.is_file()) < 4e6
     right = {}
-    for length, number in ((48, 12), (128, 6)):
+    for length, number in ((48, 20), (128, 10)):
         task, rng = Haystack(length, *KINDS["needle4"]), random.Random(0)
         prompts = [draw(task, rng, held_out=True)[0] for _ in range(number)]
         right[length] = sum(bench.solve(backbone, tokenizer, task, prompts, 24, steps=24)[0])
-    assert right[48] >= 11 and right[128] < 3
+    assert right[48] >= 19 and right[128] < 5
