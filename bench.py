@@ -2,7 +2,8 @@
 
     python bench.py accuracy                       # tasks x steps and thresholds, up to an hour
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
-    python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --train 1024
+    python bench.py speed --ckpt random:llada-8b --quick                  # on a GPU, two minutes
+    python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --batches 1,8 --train 1024
 
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
 one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories, for a
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import statistics
+import time
 from itertools import product
 from typing import Callable
 
@@ -34,10 +37,10 @@ from lib.progress import progress, slow
 from lib.stats import Accuracies, Clock, Timings, limits, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
-from model import Backbone, Cache, Config, config_of, load
-from sample import Sample, denoise, generate
+from model import Backbone, Config, config_of, load
+from sample import Commit, Sample, Steps, choose, generate, propose
 from tasks import TASKS, Task, draw
-from train import unrolled_loss
+from train import token_losses, unrolled_loss
 
 
 # ------------------------------------------------------------------ accuracy
@@ -173,17 +176,18 @@ def forwards_share(measured: Accuracies, forwards: dict[str, np.ndarray], one: i
 
 
 # ------------------------------------------------------------------ speed
-def work_of(config: Config, computed: int, seen: int, head: int, element: int) -> tuple[int, int]:
-    """(FLOPs, bytes) of a forward for one sequence: `computed` positions attend to `seen` in every
-    block, and the head runs at `head` of them; a weight has `element` bytes. FLOPs are 2 per weight
-    and position, and attention's two products; bytes are the weights, read once, and the keys and
-    values of what is seen and not computed."""
+def work_of(config: Config, computed: int, seen: int, head: int, element: int,
+            batch: int = 1) -> tuple[int, int]:
+    """(FLOPs, bytes) of a forward: in each of `batch` sequences `computed` positions attend to
+    `seen` in every block, and the head runs at `head` of them; a weight has `element` bytes. FLOPs
+    are 2 per weight and position, and attention's two products; bytes are the weights, read once,
+    and the keys and values of what is seen and not computed."""
     c = config
     ends = c.vocab * c.dim
     inner = c.parameters - ends * (1 if c.tied else 2)
     flops = 2 * (inner * computed + ends * head) + 4 * c.dim * seen * c.layers * computed
     cached = 2 * c.layers * c.kv_heads * c.head_dim * (seen - computed)
-    return flops, element * (inner + ends * (head > 0) + cached)
+    return batch * flops, element * (inner + ends * (head > 0) + batch * cached)
 
 
 @torch.no_grad()
@@ -201,11 +205,13 @@ def flash_attention(backbone: Backbone, length: int) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Steps, whole generations and a training step, beside the machine's limits."""
+    """Generations, steps and a training update, beside the machine's limits."""
     c = config_of(args.ckpt.removeprefix("random:"))
     most = max(*args.lengths, args.prompt + args.gen, args.train or 0)
     require(most <= c.max_len, f"{most} tokens are more than the model's {c.max_len}")
+    started = time.perf_counter()
     backbone, _ = slow(f"loading {args.ckpt}")(load)(args.ckpt, args.device, args.dtype)
+    loaded = time.perf_counter() - started
     device, dtype = backbone.embedding.weight.device, backbone.embedding.weight.dtype
     clock = Clock(device, args.warmup, args.repeat)
     flops, copied = limits(clock, dtype)
@@ -219,83 +225,116 @@ def speed(args: argparse.Namespace) -> None:
           f"{flops / 1e12:.3g} TFLOP/s, a copy {copied / 1e9:.3g} GB/s; medians of {args.repeat} "
           f"after {1 + args.warmup} to warm up, fastest and slowest in brackets\n")
     timings, generator = Timings(clock, flops, copied), torch.Generator().manual_seed(args.seed)
-    for length in args.lengths:
-        time_steps(timings, backbone, memory, random_ids(backbone, length, generator), args.block)
-    time_generations(timings, backbone, memory, random_ids(backbone, args.prompt, generator), args)
-    if args.train:
-        time_training(timings, backbone, memory, random_ids(backbone, args.train, generator))
+    for batch in args.batches:
+        timings.suffix = f", batch {batch}" if batch > 1 else ""
+        prompt = random_ids(backbone, args.prompt, generator, batch)
+        time_generations(timings, backbone, memory, prompt, args)
+        for length in args.lengths:
+            time_steps(timings, backbone, memory, random_ids(backbone, length, generator, batch),
+                       args.block)
+        if args.train:
+            time_training(timings, backbone, memory,
+                          random_ids(backbone, args.train, generator, batch))
+    result = loaded + timings.rows[0]["first"]
+    print(f"\nfrom nothing to the first whole result {result:.1f} s, {loaded:.1f} of them loading; "
+          "the rest is the first generation, with all that it compiles")
     if args.json:
         print(to_json({"ckpt": args.ckpt, "device": chip, "dtype": str(dtype),
-                       "product_flops": flops, "copy_bytes": copied, "rows": timings.rows}))
+                       "product_flops": flops, "copy_bytes": copied, "first_result": result,
+                       "rows": timings.rows}))
 
 
-def random_ids(backbone: Backbone, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(1, length) ids, none of them the mask's."""
+def random_ids(backbone: Backbone, length: int, generator: torch.Generator,
+               batch: int = 1) -> torch.Tensor:
+    """(batch, length) ids, none of them the mask's."""
     c = backbone.config
-    ids = torch.randint(c.vocab - 1, (1, length), generator=generator)
+    ids = torch.randint(c.vocab - 1, (batch, length), generator=generator)
     return (ids + (ids >= c.mask_id)).to(backbone.embedding.weight.device)
 
 
 @torch.no_grad()
 def time_steps(timings: Timings, backbone: Backbone, memory: MetaState, ids: torch.Tensor,
                block: int) -> None:
-    """One denoising step at the last `block` of ids (1, T), of the whole sequence and of the block
-    alone on a dual cache, without and with the memory. The response is the later half."""
-    c, length = backbone.config, ids.shape[1]
-    start, element = length - block, backbone.embedding.weight.element_size()
-    where = torch.arange(start, length, device=ids.device)[None]                 # (1, block)
-    ids = ids.clone()
-    ids[:, start:] = c.mask_id
+    """One denoising step of `generate`, the choice of tokens included, for the first `block` of a
+    response that is the later half of ids (B, T): of the whole sequence, of the response on a
+    prefix cache, of the block on a dual cache; without and with the memory."""
+    c, (B, T) = backbone.config, ids.shape
+    response, element = max(block, T // 2), backbone.embedding.weight.element_size()
+    times = 10 if ids.is_cuda else 1  # between two waits for the device
 
-    def step(used: MetaState | None, **cached) -> torch.Tensor:
-        h, _ = denoise(backbone, ids, where, memory=used, state=memory.initial(1),
-                       span=(length // 2, length - length // 2), **cached)
-        return backbone.logits(h)
+    def decide(logits: torch.Tensor, masked: torch.Tensor, commit: Commit) -> tuple:
+        candidate, confidence = propose(logits, "low_confidence", c.mask_id)
+        return candidate, choose(confidence, commit, (~masked).sum(1, keepdim=True))
 
-    cached = {"cache": Cache(backbone, 1, length), "first": start, "last": length}
-    for kind, computed, how in (("full-sequence step", length, {}),
-                                ("dual-cache block step", block, cached)):
-        plain, carried = (
-            timings.take(f"{kind}, {length} tokens, memory {name}", lambda: step(used, **how),
-                         *work_of(c, computed, length, block, element))
-            for name, used in (("off", None), ("on", memory)))
-        timings.compare("memory on / off", carried, plain)
+    for kind, cache, computed in (("full-sequence step", None, T),
+                                  ("prefix-cache step", "prefix", response),
+                                  ("dual-cache block step", "dual", block)):
+        rows = []
+        for name, used in (("off", None), ("on", memory)):
+            steps = Steps(backbone, ids[:, :T - response], response, block, decide,
+                          torch.Generator(ids.device), memory=used, cache=cache)
+            steps(T - response, 0, Commit(1))  # fills the cache
+
+            def work() -> None:
+                for _ in range(times):
+                    steps(T - response, 1, Commit(1))
+
+            rows.append(timings.take(
+                f"{kind}, {T} tokens, memory {name}", work,
+                *work_of(c, computed, T, block, element, B), times=times))
+        timings.compare("memory on / off", rows[1], rows[0])
 
 
 def time_generations(timings: Timings, backbone: Backbone, memory: MetaState, prompt: torch.Tensor,
                      args: argparse.Namespace) -> None:
-    """Whole generations behind prompt (1, P), by cache, threshold and memory."""
+    """Whole generations behind prompt (B, P), by cache, threshold and memory."""
     for cache, threshold, (name, used) in product(
-            (None, "prefix", "dual"), (None, args.threshold), (("off", None), ("on", memory))):
-        forwards: list[int] = []
+            (None, "dual") if args.quick else (None, "prefix", "dual"),
+            dict.fromkeys((None, args.threshold)), (("off", None), ("on", memory))):
+        forwards, waits = [], []
 
         def work() -> None:
+            began = time.perf_counter()
+
+            def first_token(step: Sample) -> None:
+                if len(waits) == len(forwards):
+                    timings.clock.wait()
+                    waits.append(time.perf_counter() - began)
+
             forwards.append(generate(
                 backbone, prompt, memory=used, gen_length=args.gen, block_length=args.block,
-                steps=args.gen, order="low_confidence", threshold=threshold,
-                cache=cache).forwards)
+                steps=args.gen, order="low_confidence", threshold=threshold, cache=cache,
+                on_step=first_token).forwards)
 
         timings.take(f"generate {args.gen}, cache {cache}, threshold {threshold}, memory {name}",
-                     work, tokens=args.gen, forwards=lambda: forwards[-1])
+                     work, tokens=len(prompt) * args.gen,
+                     forwards=lambda: forwards[-1],
+                     first_token=lambda: statistics.median(waits[1 + args.warmup:]))
 
 
 def time_training(timings: Timings, backbone: Backbone, memory: MetaState,
                   ids: torch.Tensor) -> None:
-    """A training step's loss and gradients on ids (1, T), K = 4; the last three quarters are the
-    answer."""
-    T, K = ids.shape[1], 4
-    answer = (torch.arange(T, device=ids.device) >= T // 4)[None]                # (1, T)
+    """A training update's loss and gradients on ids (B, T), K = 4, of which the last three quarters
+    are the answer; and its cross-entropy alone. FLOPs are 4 per weight, token and step (forward,
+    backward through activations), with checkpointing 6 (forward again)."""
+    (B, T), K, c = ids.shape, 4, backbone.config
+    answer = (torch.arange(T) >= T // 4).expand(B, T)
+    target = ids[:, T // 4:]
+    h = torch.randn(*target.shape, c.dim, device=ids.device, dtype=backbone.embedding.weight.dtype,
+                    requires_grad=True)
 
     def update() -> None:
         memory.zero_grad()
         unrolled_loss(backbone, memory, ids, answer, K).backward()
 
-    for checkpointing in (False, True):
-        backbone.checkpointing = checkpointing
-        # forward 2 P, backward 2 P (activations only), once more forward with checkpointing
-        flops = K * work_of(backbone.config, T, T, 0, 1)[0] * (3 if checkpointing else 2)
+    timings.take(f"cross-entropy of {target.numel()} tokens and its gradient",
+                 lambda: token_losses(backbone, h, target).mean().backward(),
+                 4 * c.dim * c.vocab * target.numel(), forwards=0)
+    for backbone.checkpointing in (False, True):
+        flops = (6 if backbone.checkpointing else 4) * c.parameters * K * ids.numel()
         timings.take(f"training step, K = {K}, {T} tokens, checkpointing "
-                     f"{'on' if checkpointing else 'off'}", update, flops, tokens=K * T, forwards=K)
+                     f"{'on' if backbone.checkpointing else 'off'}", update, flops,
+                     tokens=ids.numel(), forwards=K)
 
 
 # ------------------------------------------------------------------ command line

@@ -102,8 +102,8 @@ class Mixer(nn.Module):
         self.norm_s, self.norm_h = AdaptiveNorm(width, cond), AdaptiveNorm(dim, cond)
         self.attention = CrossAttention(width, dim, width, width, heads)
 
-    def forward(self, s, h, cond, distance, hidden=None):
-        """s (B, M, D), h (B, T, d), distance (B, M, T) -> (B, M, D)."""
+    def forward(self, s, h, cond, distance, hidden):
+        """s (B, M, D), h (B, T, d), distance (B, M, T), hidden (B, T) -> (B, M, D)."""
         return self.attention(self.norm_s(s, cond), self.norm_h(h, cond), distance, hidden)
 
 
@@ -208,13 +208,15 @@ class MetaState(nn.Module):
         """s (B, M, D), h (B, T, d) after the last norm, pad_mask (B, T) True where padded
         -> the next s (B, M, D) float32."""
         cond, distance = self._cond(t), self._distance(h, span).transpose(1, 2)
+        if pad_mask is None:  # so that the compiled Mixer is one for both
+            pad_mask = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
         reading = self.mixer(s + self.identity, h, cond, distance, pad_mask)
         return self.updater(s, reading, cond)
 
     def compile(self, **options) -> None:
-        """Compile the three parts with torch.compile's options."""
+        """Compile the three parts with torch.compile's options, for every batch and length."""
         for part in (self.mixer, self.updater, self.injector):
-            part.compile(**options)
+            part.compile(dynamic=True, **options)
 
     def _cond(self, t):
         return self.time(t if self.sizes["time"] else torch.zeros_like(t))

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.checks import check_config
 from lib.cli import device_of, dtype_of
-from lib.graph import Graph
 from lib.hub import CHECKPOINTS, find
 from lib.published import read_config
 from lib.tensors import allocated, fingerprint, read_stacked, save_stacked
@@ -133,9 +132,8 @@ class Block(nn.Module):
 
     def attention(self, x, angles, keys_allowed, kept):
         """x (B, T, d) after its norm -> (B, T, d), of keys and values that may be a cache's too."""
-        B, T, _ = x.shape
         nh, nkv, hd = self.c.heads, self.c.kv_heads, self.c.head_dim
-        qkv = self.qkv(x).view(B, T, nh + 2 * nkv, hd)              # (B, T, nh + 2 nkv, hd)
+        qkv = self.qkv(x).unflatten(-1, (nh + 2 * nkv, hd))         # (B, T, nh + 2 nkv, hd)
         q, k = rotate(qkv[:, :, :nh + nkv], *angles).split([nh, nkv], 2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, qkv[:, :, nh + nkv:]))   # (B, heads, T, hd)
         if kept is not None:  # (B, nkv, S, hd) each: ours go to their rows, all are attended to
@@ -143,11 +141,28 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_allowed, enable_gqa=nh != nkv)
         return self.out(y.transpose(1, 2).flatten(2))               # (B, T, d)
 
-    def forward(self, x, angles, keys_allowed, kept=None):
+    def forward(self, x, angles, keys_allowed=None, kept=None):
         """x (B, T, d) -> (B, T, d)."""
         x = x + self.attention(self.attn_norm(x), angles, keys_allowed, kept)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)      # (B, T, mlp_dim) each
         return x + self.down(F.silu(gate) * up)
+
+    def compile(self, **options) -> None:
+        """Compile `forward` with torch.compile's options, for any batch and length. Without a
+        cache, filling one and reading one, each with and without padding, are functions of their
+        own, for torch keeps only a few graphs of each."""
+        forward = self.forward
+        cases = [lambda x, a, m, c: forward(x, a), lambda x, a, m, c: forward(x, a, m),
+                 lambda x, a, m, c: forward(x, a, None, c), lambda x, a, m, c: forward(x, a, m, c),
+                 lambda x, a, m, c: forward(x, a, None, c), lambda x, a, m, c: forward(x, a, m, c)]
+        cases = [torch.compile(case, dynamic=True, **options) for case in cases]
+
+        def compiled(x, angles, allowed=None, kept=None):
+            reading = kept is not None and kept[0].shape[2] > x.shape[1]
+            case = (allowed is not None) + 2 * (kept is not None) + 2 * reading
+            return cases[case](x, angles, allowed, kept)
+
+        self.forward = compiled
 
 
 class Cache:
@@ -159,15 +174,6 @@ class Cache:
         c, like = backbone.config, backbone.embedding.weight
         self.k, self.v = (like.new_zeros(c.layers, batch, c.kv_heads, length, c.head_dim)
                           for _ in range(2))
-        self.graph: Graph | None = None
-
-    def replay(self, backbone: Backbone, e: torch.Tensor, pad_mask, start: int) -> torch.Tensor:
-        """`backbone.hidden(e, pad_mask, self, start)`, after the first call as a CUDA graph: in all
-        calls e has the same shape, and pad_mask is the same."""
-        inputs = e, torch.full((), start, device=e.device)
-        self.graph = self.graph or Graph(
-            lambda e, start: backbone.hidden(e, pad_mask, self, start), *inputs)
-        return self.graph(*inputs)
 
 
 class Backbone(nn.Module):
@@ -183,7 +189,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
         self.checkpointing = False  # recompute each block in the backward pass: less memory
-        self.graphs = False  # replay a dual cache's block steps as CUDA graphs
+        self.graphs = False  # replay denoising steps as CUDA graphs
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) ids -> (B, T, d)."""
@@ -203,7 +209,8 @@ class Backbone(nn.Module):
         for i, block in enumerate(self.blocks):
             kept = None if cache is None else (cache.k[i], cache.v[i], position)
             if self.checkpointing and torch.is_grad_enabled():
-                e = checkpoint(block, e, angles, keys_allowed, kept, use_reentrant=False)
+                e = checkpoint(block, e, angles, keys_allowed, kept, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
                 e = block(e, angles, keys_allowed, kept)
         return self.norm(e)
@@ -217,8 +224,8 @@ class Backbone(nn.Module):
         return self.logits(self.hidden(self.embed(ids), pad_mask))
 
     def compile(self, **options) -> None:
-        """Compile the blocks with torch.compile's options; the first block's graphs serve all. On
-        CUDA the block steps of a dual cache are replayed as CUDA graphs from then on."""
+        """Compile the blocks with torch.compile's options; the first block's code serves all. On
+        CUDA denoising steps of fixed shapes are replayed as CUDA graphs from then on."""
         for block in self.blocks:
             block.compile(**options)
         self.graphs = self.embedding.weight.is_cuda

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from lib.checks import check_generation
 from lib.cli import command, compile_on, require, widest
+from lib.graph import Replay
 from lib.hub import stated
 from lib.live import answer_prompts
 from lib.options import decoding, sampling_parser
@@ -47,76 +48,103 @@ class Sample(NamedTuple):
 # ------------------------------------------------------------------ one step
 def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
             memory: MetaState | None = None, state: torch.Tensor | None = None, span=None,
-            pad_mask: torch.Tensor | None = None, cache: Cache | None = None, first: int = 0,
+            pad_mask: torch.Tensor | None = None, cache: Cache | None = None,
+            first: int | torch.Tensor = 0,
             last: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One denoising step, the same for sampling and training: hidden states (B, n, d) from which
     `backbone.logits` predicts the tokens at `where`, and the memory's next state.
 
     ids (B, T), masked where nothing is revealed; where (B, n), positions; state (B, M, D) and span
     (start, length) of the response, with a memory; pad_mask (B, T). With a cache only the positions
-    first .. last - 1 are computed, and `where` lies among them. Dream's token i is predicted by
-    hidden state i - 1."""
+    first .. last - 1 are computed, or those in `first`, a tensor (S,) of some that follow each
+    other; `where` lies among them. Dream's token i is predicted by hidden state i - 1."""
     c, device = backbone.config, ids.device
-    e = backbone.embed(ids[:, first:last])                            # (B, S, d)
+    position = torch.arange(ids.shape[1], device=device)
+    here = first if isinstance(first, torch.Tensor) else position[first:last]     # (S,)
+    e = backbone.embed(ids[:, here])                                  # (B, S, d)
     # the memory's float32 weights multiply in bfloat16 where the backbone does
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=e.dtype == torch.bfloat16)
     if memory is not None:
-        start, length = (torch.as_tensor(v, device=device).view(-1, 1) for v in span)
-        position = torch.arange(ids.shape[1], device=device)
+        start, length = (torch.as_tensor(v, device=device).view(-1, 1).expand(len(ids), 1)
+                         for v in span)                               # (B, 1) each
         inside = (position >= start) & (position < start + length)    # (B, T)
         t = ((ids == c.mask_id) & inside).sum(1) / length[:, 0]       # (B,) share still masked
-        span = start[:, 0] - first, length[:, 0]                      # as the memory sees it
+        span = start[:, 0] - here[0], length[:, 0]                    # as the memory sees it
         with autocast:
             e = memory.inject(e, state, t, span)
-    if cache is not None and backbone.graphs and last is not None:
-        h = cache.replay(backbone, e, pad_mask, first)
-    else:
-        h = backbone.hidden(e, pad_mask, cache, first)                # (B, S, d)
+    h = backbone.hidden(e, pad_mask, cache, here[0])                  # (B, S, d)
     if memory is not None:
-        pads = None if pad_mask is None else pad_mask[:, first:last]
         with autocast:
-            state = memory.update(state, h, t, span, pads)
-    where = (where - first - int(c.shift)).clamp(min=0)
+            state = memory.update(state, h, t, span, pad_mask if pad_mask is None
+                                  else pad_mask[:, here])
+    where = (where - here[0] - int(c.shift)).clamp(min=0)
     return h.gather(1, where[..., None].expand(-1, -1, h.shape[-1])), state
 
 
 class Steps:
-    """What the steps of a generation share and carry on: guidance, a cache, a memory's state."""
+    """The steps of one generation, and what they carry on: ids, a cache, a memory's state. A step
+    is a function of numbers (where its block starts, what it may commit) over tensors that stay
+    where they are, and waits for no host: on CUDA it is replayed as a graph."""
 
-    def __init__(self, backbone: Backbone, prompt: torch.Tensor, pad_mask: torch.Tensor | None,
-                 gen_length: int, memory: MetaState | None, cfg_scale: float, cache: str | None,
-                 refresh: int | None):
-        (B, P), passes = prompt.shape, 2 if cfg_scale > 0 else 1
-        self.backbone, self.scale, self.cache, self.refresh = backbone, cfg_scale, cache, refresh
-        self.forwards, self.finite, padded = 0, True, pad_mask is not None and pad_mask.any()
-        self.carried = dict(
-            memory=memory, state=memory and memory.initial(passes * B), span=(P, gen_length),
+    def __init__(self, backbone: Backbone, prompt: torch.Tensor, gen_length: int, length: int,
+                 decide: Callable, generator: torch.Generator, *, memory: MetaState | None = None,
+                 pad_mask: torch.Tensor | None = None, cfg_scale: float = 0.0,
+                 cache: str | None = None, refresh: int | None = None):
+        (B, P), passes, device = prompt.shape, 2 if cfg_scale > 0 else 1, prompt.device
+        self.backbone, self.decide, self.generator = backbone, decide, generator
+        self.scale, self.offset = cfg_scale, torch.arange(length, device=device)
+        self.cache, self.refresh, self.prompt = cache, refresh, P
+        self.ids = F.pad(prompt, (0, gen_length), value=backbone.config.mask_id)  # (B, P + G)
+        self.forwards, self.finite = 0, torch.ones((), dtype=torch.bool, device=device)
+        self.state = memory.initial(passes * B) if memory else torch.empty(0, device=device)
+        self.fixed = dict(
+            memory=memory, span=[torch.tensor([n], device=device) for n in (P, gen_length)],
             cache=cache and Cache(backbone, passes * B, P + gen_length),
-            pad_mask=F.pad(pad_mask, (0, gen_length)).repeat(passes, 1) if padded else None)
+            pad_mask=None if pad_mask is None or not pad_mask.any() else
+            F.pad(pad_mask, (0, gen_length)).repeat(passes, 1))
+        self.replays: dict[tuple[str, bool], Replay] = {}
+        self.graphs = backbone.graphs and cache != "prefix"  # whose steps have ever other shapes
 
-    def __call__(self, ids: torch.Tensor, start: int, length: int, step: int) -> torch.Tensor:
-        """Logits (B, length, V) float32 of a block's positions, from one forward.
+    def __call__(self, start: int, step: int, commit: Commit, idle: bool = False):
+        """One forward for the block at `start`, and what it commits written to .ids: (B, L) bool,
+        True there, or None if idle: then only a memory goes on. With a cache the first step of a
+        block, and every refresh-th, computes the whole sequence, the others the block and what
+        follows it ("prefix") or the block alone ("dual")."""
+        part = self.cache is not None and step % (self.refresh or step + 1)
+        kind, self.forwards = (self.cache if part else "whole", idle), self.forwards + 1
+        if not self.graphs:
+            return self._step(*kind, start, *commit)
+        replay = self.replays.setdefault(kind, Replay(self.generator))
+        return replay(partial(self._step, *kind), start, *commit)
 
-        With a cache the first step of a block, and every refresh-th, computes the whole sequence,
-        the others the block and what follows it ("prefix") or the block alone ("dual"). Guidance is
-        uncond + (scale + 1) (cond - uncond), where uncond has the prompt masked; a memory has a
-        state for each."""
-        first, last = 0, None
-        if self.cache is not None and step % (self.refresh or step + 1):
-            first, last = start, start + length if self.cache == "dual" else None
+    def _step(self, kind: str, idle: bool, start: int | torch.Tensor, *commit):
+        where = (start + self.offset).expand(len(self.ids), -1)       # (B, L)
+        logits = self.logits(where, {"whole": 0, "prefix": start, "dual": where[0]}[kind])
+        if idle:
+            return None
+        block = self.ids.gather(1, where)
+        candidate, fresh = self.decide(logits, block == self.backbone.config.mask_id,
+                                       Commit(*commit))               # (B, L) each
+        self.ids.scatter_(1, where, torch.where(fresh, candidate, block))
+        return fresh
+
+    def logits(self, where: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) float32 at where (B, L), from one forward over the positions that
+        `denoise` means by `first`. Guidance is uncond + (scale + 1) (cond - uncond), where uncond
+        has the prompt masked; a memory has a state for each."""
+        ids = self.ids
         if self.scale > 0:
             unconditional = ids.clone()
-            unconditional[:, :self.carried["span"][0]] = self.backbone.config.mask_id
-            ids = torch.cat([ids, unconditional])
-        where = torch.arange(start, start + length, device=ids.device).expand(len(ids), -1)
-        h, self.carried["state"] = denoise(self.backbone, ids, where, first=first, last=last,
-                                           **self.carried)
-        self.forwards += 1
+            unconditional[:, :self.prompt] = self.backbone.config.mask_id
+            ids, where = torch.cat([ids, unconditional]), where.repeat(2, 1)
+        h, state = denoise(self.backbone, ids, where, state=self.state.clone(), first=first,
+                           **self.fixed)
+        self.state.copy_(state)
         logits = self.backbone.logits(h).float()
         if self.scale > 0:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.scale + 1) * (conditional - unconditional)
-        self.finite &= logits.isfinite().all()  # looked at once, at the end
+        self.finite.logical_and_(logits.isfinite().all())  # looked at once, at the end
         return logits
 
 
@@ -149,35 +177,37 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     check_generation(c, prompt, pad_mask, gen_length, L, steps, order, ORDERS, threshold,
                      BY_PROBABILITY, cache, refresh, temperature, top_p, top_k, alg_temp, cfg_scale)
     P, generator = prompt.shape[1], generator or torch.Generator(prompt.device).manual_seed(0)
-    ids = F.pad(prompt, (0, gen_length), value=c.mask_id)             # (B, P + G)
-    look = Steps(backbone, prompt, pad_mask, gen_length, memory, cfg_scale, cache, refresh)
+
+    def decide(logits: torch.Tensor, masked: torch.Tensor, commit: Commit) -> tuple:
+        candidate, confidence = propose(logits, order, c.mask_id, temperature, top_p, top_k,
+                                        generator)                    # (B, L) each
+        return candidate, choose(confidence.masked_fill(~masked, -torch.inf), commit,
+                                 (~masked).sum(1, keepdim=True), alg_temp, generator)
+
+    step = Steps(backbone, prompt, gen_length, L, decide, generator, memory=memory, cache=cache,
+                 pad_mask=pad_mask, cfg_scale=cfg_scale, refresh=refresh)
     # a slice of Dream's cannot predict its first position: a block's first, whole step commits that
     leading = cache is not None and c.shift and refresh != 1
     schedule = plan(c, order, threshold, L, steps * L // gen_length, leading)
+    if leading:
+        schedule[0] = schedule[0]._replace(within=1)
     counted = threshold is None and order != "origin"  # the plan alone says what is still masked
-    for start, (step, commit) in product(range(P, P + gen_length, L), enumerate(schedule)):
-        block = ids[:, start:start + L]                               # (B, L), a view
-        masked, idle = block == c.mask_id, counted and commit.count == 0
-        if (idle and memory is None) or (not counted and not masked.any()):
+    for start, (i, commit) in product(range(P, P + gen_length, L), enumerate(schedule)):
+        idle = counted and commit.count == 0
+        if (idle and memory is None) or (
+                not counted and not (step.ids[:, start:start + L] == c.mask_id).any()):
             continue  # nothing to commit, and no memory to carry on
-        logits = look(ids, start, L, step)                            # (B, L, V)
+        fresh = step(start, i, commit, idle)                          # (B, L)
         if idle:
             continue
-        candidate, confidence = propose(logits, order, c.mask_id, temperature, top_p, top_k,
-                                        generator)                    # (B, L) each
-        confidence = confidence.masked_fill(~masked, -torch.inf)
-        if leading and step == 0:
-            confidence[:, 1:] = -torch.inf
-        fresh = choose(confidence, commit, L - masked.sum(1, keepdim=True), alg_temp, generator)
-        block.copy_(torch.where(fresh, candidate, block))
-        sample = Sample(ids, F.pad(fresh, (start, P + gen_length - start - L)), look.forwards,
+        sample = Sample(step.ids, F.pad(fresh, (start, P + gen_length - start - L)), step.forwards,
                         time.perf_counter() - started)
         if on_step is not None:
             on_step(sample)
-        if stop_at_eos and settled(ids[:, P:], c):
-            ids[:, P:].masked_fill_(ids[:, P:] == c.mask_id, c.eos_id)
+        if stop_at_eos and settled(answer := step.ids[:, P:], c):
+            answer.masked_fill_(answer == c.mask_id, c.eos_id)
             break  # out of all blocks
-    require(bool(look.finite), "the model's logits are not finite: there is no answer")
+    require(bool(step.finite), "the model's logits are not finite: there is no answer")
     return sample._replace(seconds=time.perf_counter() - started)
 
 
@@ -185,7 +215,8 @@ class Commit(NamedTuple):
     """What a step commits of a block's masked positions."""
     count: int                     # the surest so many
     threshold: float = math.inf    # and every other whose confidence reaches this,
-    most: int = 2 ** 63 - 1         # while no more of the block are committed in all
+    most: int = 2 ** 62            # while no more of the block are committed in all,
+    within: int = 2 ** 62          # and all of them among the first so many of the block
 
 
 def plan(c: Config, order: str, threshold: float | None, length: int, steps: int,
@@ -281,8 +312,9 @@ def choose(confidence: torch.Tensor, commit: Commit, committed: torch.Tensor, al
     softmax(confidence / alg_temp), as Dream does."""
     if alg_temp > 0:
         confidence = confidence / alg_temp + gumbel(confidence, generator)
-    ordered, index = confidence.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(confidence.shape[1], device=confidence.device)
+    confidence = confidence.masked_fill(rank >= commit.within, -torch.inf)
+    ordered, index = confidence.sort(dim=-1, descending=True, stable=True)
     take = (rank < commit.count) | (ordered >= commit.threshold) & (rank < commit.most - committed)
     return torch.zeros_like(take).scatter_(1, index, take & (ordered != -torch.inf))
 

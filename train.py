@@ -27,7 +27,8 @@ from lib.cli import command, compile_on, require
 from lib.data import choose_data, move
 from lib.options import run_settings, training_parser
 from lib.run import Run, local_device, processes
-from lib.tokenizer import needed
+from lib.stats import Clock, Pace, product_rate
+from lib.tokenizer import needed, stand_in
 from metastate import Cut, MetaState, Reset
 from model import Backbone, load
 from sample import denoise
@@ -47,7 +48,7 @@ def reveal_counts(length: torch.Tensor, K: int, concentration: float,
 def at_random(loss: torch.Tensor, count: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Reveal `count` (B,) of the tokens still masked, any of them  # published
     loss (B, n), inf where not masked -> (B, n) bool."""
-    noise = torch.rand(loss.shape, generator=generator).to(loss.device)
+    noise = torch.rand(loss.shape, generator=generator).to(loss.device, non_blocking=True)
     return surest(noise.masked_fill(loss.isinf(), torch.inf), count, generator)
 
 
@@ -62,7 +63,7 @@ REVEALS = {"random": at_random, "surest": surest}
 
 # ------------------------------------------------------------------ the loss
 def token_losses(backbone: Backbone, h: torch.Tensor, target: torch.Tensor,
-                 most: int = 2 ** 24) -> torch.Tensor:
+                 most: int = 2 ** 25) -> torch.Tensor:
     """Cross-entropy of (B, n) target ids given hidden states (B, n, d) -> (B, n) float32. Where the
     logits would have more than `most` elements the head runs over a part of the positions at a
     time, and once more in the backward pass, so that no part's logits outlive it. Rows are flat:
@@ -74,7 +75,7 @@ def token_losses(backbone: Backbone, h: torch.Tensor, target: torch.Tensor,
     if len(flat[0]) <= size:
         return part(*flat).view(target.shape)
     parts = zip(*(x.split(size) for x in flat))
-    return torch.cat([checkpoint(part, *pair, use_reentrant=False)
+    return torch.cat([checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False)
                       for pair in parts]).view(target.shape)
 
 
@@ -91,21 +92,22 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
     over all that are still masked at step k, reveal_k over those revealed at step k; averaged over
     the batch. lam = 0.5, concentration = 1 and that the truth is revealed are our choice.
 
-    ids (B, T), the truth; answer_mask (B, T) True on the answer, one contiguous run in each row;
-    pad_mask (B, T) True where padded (on the right). memory: a MetaState, or a control around it.
-    reveal: which tokens a step reveals, `at_random` or one like it. generator: a CPU generator.
-    figures: filled with dense_1 .. dense_K as floats. Raises `InputError` for a row with no answer
-    or with an answer in several pieces."""
+    ids (B, T), the truth; answer_mask (B, T) True on the answer, one contiguous run in each row (on
+    the CPU nothing waits for it); pad_mask (B, T) True where padded (on the right). memory: a
+    MetaState, or a control around it. reveal: which tokens a step reveals, `at_random` or one like
+    it. generator: a CPU generator. figures: filled with dense_1 .. dense_K, scalar tensors. Raises
+    `InputError` for a row with no answer or with an answer in several pieces."""
     generator = generator or torch.Generator().manual_seed(0)
     length, start = answer_mask.sum(1), answer_mask.int().argmax(1)              # (B,) each
-    position = torch.arange(ids.shape[1], device=ids.device)
+    position = torch.arange(ids.shape[1], device=answer_mask.device)
     run = (position >= start[:, None]) & (position < (start + length)[:, None])
     require(bool((run == answer_mask).all()) and int(length.min()) > 0,
             "every row of answer_mask needs one contiguous run of True")
-    counts = reveal_counts(length, K, concentration, generator)                  # (B, K)
-    total, state, masked = 0.0, memory.initial(len(ids)), answer_mask
+    counts, n = reveal_counts(length, K, concentration, generator), int(length.max())   # (B, K)
+    masked, length, start, counts = move((answer_mask, length, start, counts), ids.device)
+    total, state = 0.0, memory.initial(len(ids))
     for k in range(K):
-        n = int(masked.sum(1).max())
+        n = n if k == 0 else int(masked.sum(1).max())  # the one thing that the host waits for
         if n == 0:  # everything is revealed: later steps have weight 0
             break
         # the n positions still masked; a row with fewer fills up with others, which do not count
@@ -120,7 +122,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
         revealed = (loss * now).sum(1) / now.sum(1).clamp(min=1)  # 0 where nothing is revealed
         total = total + (now.sum(1) / length * (lam * dense + (1 - lam) * revealed)).mean()
         if figures is not None:
-            figures[f"dense_{k + 1}"] = float(dense.detach().sum() / still.any(1).sum())
+            figures[f"dense_{k + 1}"] = dense.detach().sum() / still.any(1).sum()
     return total
 
 
@@ -135,20 +137,22 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path, *, steps: int,
         lr: float, schedule: Callable = cosine, warmup: int = 100, weight_decay: float = 0.01,
         clip: float = 1.0, micros: int = 1, save_every: int = 200, eval_every: int = 500,
-        evaluate: Callable | None = None, settings: dict | None = None) -> None:
+        evaluate: Callable | None = None, settings: dict | None = None,
+        pace: Callable[[float], str] | None = None) -> None:
     """Train `parameters` in place for `steps` updates of AdamW.
 
     loss_fn(step, micro) -> (loss, figures): called for the micro-batches 0 .. micros - 1 of every
-        step, whose gradients are averaged; figures is a dict of floats for the log. All its
+        step, whose gradients are averaged; figures is a dict of numbers for the log. All its
         randomness must come from (step, micro): this is what makes the resume exact. Several
         processes (torchrun) share the micro-batches, so their number must divide `micros`.
     evaluate(step) -> dict of figures, called every `eval_every` steps and after the last.
+    pace(seconds) -> what an update got through in that time, for the progress line.
     out: the folder of the `Run`, which goes on where it stands if its `settings` are these.
     A loss that is not finite raises `InputError` and leaves the last good checkpoint."""
     groups = [{"params": [p for p in parameters.values() if (p.dim() > 1) == matrices],
                "weight_decay": weight_decay * matrices} for matrices in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    run = Run(out, parameters, optimizer, settings or {}, micros)
+    run = Run(out, parameters, optimizer, settings or {}, micros, pace)
     for step in run.steps(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps, warmup)
@@ -156,7 +160,7 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
         for micro in run.my_micros:
             loss, figures = loss_fn(step, micro)
             (loss / micros).backward()
-            records.append({"loss": loss.item(), **figures})
+            records.append({"loss": loss.detach(), **figures})
         figures = run.combine(records)  # of all processes, their gradients too
         figures["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters.values(), clip))
         run.check_finite(step, figures)
@@ -189,16 +193,21 @@ def main(argv: list[str] | None = None) -> None:
         generator=torch.Generator().manual_seed(args.seed)).to(device)
     compile_on(device, args.compile, backbone, memory)
     trained = Reset(memory) if args.reset else Cut(memory) if args.cut else memory
-    batch = choose_data(args, needed(tokenizer, args.ckpt), c, draw)
+    tokenizer = needed(tokenizer or stand_in(args.ckpt, c.vocab), args.ckpt)
+    batch = choose_data(args, tokenizer, c, draw)
+    pace = Pace(product_rate(Clock(device, 1, 3), backbone.embedding.weight.dtype), processes()[1])
     n = sum(p.numel() for p in memory.parameters())
     if processes()[0] == 0:
         print(f"memory: {n:,} parameters, {100 * n / c.parameters:.2f}% of the backbone's")
 
     def loss_of(step: int, micro: int, held_out: bool = False):
-        ids, answer, pad = move(batch(step, micro, held_out), device)
+        ids, answer, pad = batch(step, micro, held_out)  # on the CPU
+        ids, pad = move((ids, pad), device)
         rng = random.Random(f"reveal {args.seed} {step} {micro}")
         generator, figures = torch.Generator().manual_seed(rng.getrandbits(60)), {}
         K = args.K[0] if held_out else rng.choice(args.K)
+        if not held_out:
+            pace.add(ids.numel(), K * c.parameters * (6 if backbone.checkpointing else 4))
         loss = unrolled_loss(backbone, trained, ids, answer, K, args.lam, args.concentration,
                              generator, reveal=REVEALS["random" if held_out else args.reveal],
                              pad_mask=pad, figures=figures)
@@ -211,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
 
     fit(dict(memory.named_parameters()), loss_of, args.out, warmup=args.warmup, micros=args.micros,
         steps=args.steps, lr=args.lr, save_every=args.save_every, eval_every=args.eval_every,
-        evaluate=evaluate, settings=run_settings(args, backbone, tokenizer, batch, MetaState))
+        evaluate=evaluate, settings=run_settings(args, backbone, tokenizer, batch, MetaState),
+        pace=pace)
     if processes()[0] == 0:
         memory.save(Path(args.out) / "metastate.safetensors")
         print(f"wrote {Path(args.out) / 'metastate.safetensors'}")

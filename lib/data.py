@@ -32,16 +32,16 @@ def left_pad(rows: list[list[int]], pad_id: int, device="cpu") -> tuple[torch.Te
 
 
 def move(data, device) -> list:
-    """The tensors of a batch on a device; what is None stays None."""
-    return [None if x is None else x.to(device) for x in data]
+    """The tensors of a batch on a device, which the CPU does not wait for; what is None stays."""
+    return [None if x is None else x.to(device, non_blocking=True) for x in data]
 
 
 def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., Batch]:
     """The batches that a training command asks for: the file of --data, else the tasks that the
     checkpoint names, else the Tulu-3 mixture. draw(name, rng, held_out) makes a task's example; c
     has eos_id, pad_id and max_len."""
-    length, tasks = stated(args.ckpt)
-    if args.data is None and tasks:
+    length, tasks = stated(args.ckpt) if args.data is None else (0, [])
+    if tasks:
         try:
             for name in tasks:
                 draw(name, random.Random(0), False)

@@ -6,24 +6,31 @@ from typing import Callable
 import torch
 
 
-class Graph:
-    """A function of tensors, captured once as a CUDA graph and replayed: one launch in place of
-    hundreds. What it reads and writes besides stays where it is (weights, a cache). A call
-    overwrites the result of the one before."""
+class Replay:
+    """Calls of one function of numbers that works in place, on tensors which stay where they are:
+    weights, a cache, ids. The second is recorded as a CUDA graph, and from then on a call is one
+    launch in place of hundreds; the first compiles and allocates what a recording cannot. A call
+    overwrites the result of the one before. The function may ask the host nothing: numbers come to
+    it as tensors without dimensions, and its noise from `generator`.
 
-    def __init__(self, function: Callable, *inputs: torch.Tensor):
-        self.inputs = [x.clone() for x in inputs]
-        ours, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(ours)
-        with torch.cuda.stream(side):  # compiles and allocates what a capture cannot
-            function(*self.inputs)
-        ours.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
+    The function comes with each call and is not kept: what it belongs to may hold this, and of such
+    a circle Python frees the graph at any time, also while another is recorded, which breaks that.
+    """
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        for kept, new in zip(self.inputs, inputs):
-            kept.copy_(new)
+    def __init__(self, generator: torch.Generator):
+        self.generator, self.called, self.graph = generator, False, None
+
+    def __call__(self, function: Callable, *numbers: float):
+        if not self.called:
+            self.called = True
+            return function(*numbers)
+        if self.graph is None:
+            self.numbers = [torch.full((), x, device=self.generator.device) for x in numbers]
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.result = function(*self.numbers)
+        for tensor, x in zip(self.numbers, numbers):
+            tensor.fill_(x)
         self.graph.replay()
-        return self.output
+        return self.result

@@ -81,8 +81,19 @@ def check_sampling(args: argparse.Namespace) -> None:
             "out with --prompts")
 
 
+def check_training(args: argparse.Namespace) -> None:
+    """Refuse options of train.py that do not go together."""
+    require(args.data is not None or not args.ckpt.startswith("random:"),
+            f"{args.ckpt} names no tasks: pass --data FILE, whose bytes will be its tokens")
+
+
 def check_speed(args: argparse.Namespace) -> None:
-    """Refuse lengths of bench.py speed that do not go together."""
+    """Fill in what bench.py speed was not told, and refuse lengths that do not go together."""
+    sure = None if args.ckpt.startswith("random:") else 0.9
+    for name, usual, quick in (("lengths", [128, 256], [512]), ("train", None, 512),
+                               ("warmup", 2, 0), ("repeat", 5, 3), ("threshold", sure, None)):
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else usual)
     require(args.block <= min(args.lengths) and args.gen % args.block == 0,
             f"a --block of {args.block} has to fit into every length and to divide --gen")
 
@@ -131,9 +142,10 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
 def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     """What train.py takes."""
     p = Parser(description=doc)
+    p.checks.append(check_training)
     p.add_argument("--out", type=output_folder, default="out/metastate", help="folder of the run; "
                    "resumes if killed")
-    add_model_options(p, kind=with_text)
+    add_model_options(p)
     add_data_options(p)
     shape = p.add_argument_group("memory")
     shape.add_argument("--slots", type=size, help="M (default: 64 for 8B and 7B, else 24)")
@@ -182,16 +194,22 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
                    "(matplotlib)")
     s = tables.add_parser("speed", help="steps, generations and training against the limits")
     s.checks.append(check_speed)
-    s.add_argument("--lengths", type=listed(count), default=[128, 256], help="tokens of a "
-                   "sequence, comma-separated")
+    s.add_argument("--quick", action="store_true", help="on a GPU two minutes at most: other "
+                   "defaults, and no generations on a prefix cache")
+    s.add_argument("--lengths", type=listed(count), help="tokens of a sequence, comma-separated "
+                   "(default: 128,256; quick: 512)")
+    s.add_argument("--batches", type=listed(size), default=[1], help="sequences at a time, "
+                   "comma-separated (default: 1)")
     s.add_argument("--prompt", type=count, default=128, help="tokens to generate from")
     s.add_argument("--gen", type=count, default=64, help="tokens to generate")
     s.add_argument("--block", type=count, default=32, help="tokens of a block")
-    s.add_argument("--threshold", type=number(0, 1e3), default=0.9)
-    s.add_argument("--train", type=count, help="also a training step with so many tokens")
-    s.add_argument("--warmup", type=whole(0, 10 ** 4), default=2, help="runs before those that "
-                   "count, after the very first")
-    s.add_argument("--repeat", type=size, default=5, help="runs that count")
+    s.add_argument("--threshold", type=number(0, 1e3), help="generations by confidence too "
+                   "(default: 0.9; none for random weights, which are never sure)")
+    s.add_argument("--train", type=count, help="also a training update with so many tokens (quick: "
+                   "512)")
+    s.add_argument("--warmup", type=whole(0, 10 ** 4), help="runs before those that count, after "
+                   "the very first (default: 2; quick: 0)")
+    s.add_argument("--repeat", type=size, help="runs that count (default: 5; quick: 3)")
     for each in (a, s):
         add_model_options(each, kind=with_text if each is a else str)
         each.add_argument("--seed", type=seed, default=0, help="picks the prompts")

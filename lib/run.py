@@ -75,7 +75,8 @@ class Run:
     not quite that of a run which was as long from the start."""
 
     def __init__(self, out: str | Path, parameters: dict[str, nn.Parameter],
-                 optimizer: torch.optim.Optimizer, settings: dict, micros: int):
+                 optimizer: torch.optim.Optimizer, settings: dict, micros: int,
+                 pace: Callable[[float], str] | None = None):
         self.out, self.parameters, self.optimizer = Path(out), parameters, optimizer
         self.settings = json.loads(to_json(settings))
         self.rank, self.world = processes()
@@ -89,7 +90,7 @@ class Run:
         self.start, self.planned = self._resume()
         if self.rank == 0:
             keep_up_to(self.metrics, self.start)
-        self.began = time.perf_counter()
+        self.began, self.pace, self.shown = time.perf_counter(), pace or (lambda seconds: ""), ""
 
     def steps(self, number: int) -> Iterator[int]:
         """The steps that are left of so many, with a progress bar. Ctrl-C ends them after a whole
@@ -102,11 +103,13 @@ class Run:
         self.planned, self.done, self.saved = number, self.start, self.start
         self.bar = tqdm(range(self.start, number), initial=self.start, total=number,
                         disable=None if self.rank == 0 else True)
-        with Stop(self._end) as stop, slow("training", lambda: f", step {self.done} of {number}",
-                                           not self.bar.disable or self.rank > 0):
+        with Stop(self._end) as stop, slow(
+                "training", lambda: f", step {self.done} of {number}{self.shown}",
+                not self.bar.disable or self.rank > 0):
             hook = self.optimizer.register_step_pre_hook(lambda *_: stop.at(whole=False))
             try:
                 for step in self.bar:
+                    self.step_began = time.perf_counter()
                     yield step
                     self.done = step + 1
                     stop.at(whole=True)
@@ -123,11 +126,13 @@ class Run:
                                 f"{lost}; the same command goes on from there" if self.saved else
                                 "interrupted before anything was saved")
 
-    def combine(self, records: list[dict[str, float]]) -> dict[str, float]:
-        """Means of the figures of all micro-batches of a step; the gradients of all processes are
-        added up in place, and a parameter that got none has zero. The sum is the average: every
-        loss is divided by the number of all micro-batches. Plainer than DistributedDataParallel,
-        whose hooks want all K steps to be one module's forward."""
+    def combine(self, records: list[dict]) -> dict[str, float]:
+        """Means of the figures of all micro-batches of a step, as floats, for which the device has
+        to be done: the pace is taken here. The gradients of all processes are added up in place,
+        and a parameter that got none has zero. The sum is the average: every loss is divided by the
+        number of all micro-batches. Plainer than DistributedDataParallel, whose hooks want all K
+        steps to be one module's forward."""
+        records = [{key: float(value) for key, value in record.items()} for record in records]
         parameters = list(self.parameters.values())
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -139,6 +144,7 @@ class Run:
             everyone: list = [None] * self.world
             dist.all_gather_object(everyone, records)
             records = [record for part in everyone for record in part]
+        self.shown = self.pace(time.perf_counter() - self.step_began)
         return {key: float(np.mean([r[key] for r in records if key in r]))
                 for key in dict.fromkeys(k for r in records for k in r)}
 
@@ -150,15 +156,16 @@ class Run:
 
     def log(self, step: int, steps: int, figures: dict[str, float], measured: dict) -> None:
         """Append a step's figures to metrics.jsonl; what was measured on held-out data, if
-        anything, is printed too. Raises `InputError` where that is not finite."""
+        anything, is printed too, with the pace. Raises `InputError` where that is not finite."""
         self.check_finite(step, measured)
         if self.rank != 0:
             return
         if measured:
             shown = " ".join(f"{k} {v:.4f}" for k, v in {**figures, **measured}.items())
             seconds = time.perf_counter() - self.began
-            say(f"step {step + 1}/{steps}  {seconds:.0f} s  {shown}")
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6]))
+            say(f"step {step + 1}/{steps}  {seconds:.0f} s  {shown}{self.shown}")
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
+                                 + self.shown)
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(to_json({"step": step + 1, **figures, **measured}) + "\n")

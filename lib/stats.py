@@ -133,64 +133,96 @@ class Clock:
         which compiles where something does}."""
         times = []
         for _ in range(1 + self.warmup + self.repeat):
-            self._wait()
+            self.wait()
             started = time.perf_counter()
             work()
-            self._wait()
+            self.wait()
             times.append(time.perf_counter() - started)
         kept = times[1 + self.warmup:]
         return {"seconds": statistics.median(kept), "low": min(kept), "high": max(kept),
                 "first": times[0]}
 
-    def _wait(self):
+    def wait(self) -> None:
+        """Until the device has done what it was asked to."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@slow("measuring a matrix product")
+def product_rate(clock: Clock, dtype: torch.dtype, n: int = 768) -> float:
+    """FLOP/s of a square matrix product in dtype on this machine, measured here; on CUDA of 8192
+    rows, else of n."""
+    n = 8192 if clock.device.type == "cuda" else n
+    a = torch.randn(n, n, device=clock.device, dtype=dtype)
+    return 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
 
 
 def limits(clock: Clock, dtype: torch.dtype) -> tuple[float, float]:
     """What this machine can do, measured here: (FLOP/s of a square matrix product in dtype, bytes/s
     of a copy, read and written bytes together)."""
-    big = clock.device.type == "cuda"
-    n = 8192 if big else 1536
-    a = torch.randn(n, n, device=clock.device, dtype=dtype)
-    source = torch.empty(2 ** (30 if big else 27), dtype=torch.uint8, device=clock.device)
+    product = product_rate(clock, dtype, 1536)
+    source = torch.empty(2 ** (30 if clock.device.type == "cuda" else 27), dtype=torch.uint8,
+                         device=clock.device)
     target = torch.empty_like(source)
-    with slow("measuring a matrix product and a copy"):
-        product = 2 * n ** 3 / clock(lambda: a @ a)["seconds"]
+    with slow("measuring a copy"):
         return product, 2 * source.numel() / clock(lambda: target.copy_(source))["seconds"]
+
+
+class Pace:
+    """What a training gets through, beside a matrix product of so many FLOP/s. Several processes
+    are taken to be as fast as this one."""
+
+    def __init__(self, product: float, processes: int = 1):
+        self.product, self.processes, self.tokens, self.flops = product, processes, 0, 0
+
+    def add(self, tokens: int, flops: int) -> None:
+        """Tokens of sequences, each counted once, and what is computed for one."""
+        self.tokens, self.flops = self.tokens + tokens, self.flops + tokens * flops
+
+    def __call__(self, seconds: float) -> str:
+        """What was added since the last call, in so many seconds."""
+        share, rate = self.flops / seconds / self.product, self.processes * self.tokens / seconds
+        self.tokens = self.flops = 0
+        return f", {rate:,.0f} tokens/s, {100 * share:.0f}% of a matrix product"
 
 
 class Timings:
     """A table of timings beside `limits`, printed line by line as they are taken; .rows has them
     as they go into JSON."""
 
-    columns = "what", "ms", "first, ms", "tokens/s", "forwards", "TFLOP/s", "GB/s", "peak GB"
+    columns = ("what", "ms", "first, ms", "first token, ms", "tokens/s", "forwards", "TFLOP/s",
+               "GB/s", "peak GB")
 
     def __init__(self, clock: Clock, product: float, copy: float):
         self.clock, self.product, self.copy, self.rows = clock, product, copy, []
+        self.suffix = ""  # of what the next rows are called
         print(f"| {' | '.join(self.columns)} |\n" + "|---" * len(self.columns) + "|")
 
     def take(self, what: str, work: Callable[[], object], flops: int = 0, moved: int = 0,
-             tokens: int | None = None, forwards: int | Callable[[], int] = 1) -> dict:
-        """Time `work`, which does so many floating-point operations and moves so many bytes (0 is
-        unknown), and add its row. forwards: a number, or called for it after the work is done."""
-        device = self.clock.device
+             tokens: int | None = None, forwards: int | Callable[[], int] = 1,
+             first_token: Callable[[], float] | None = None, times: int = 1) -> dict:
+        """Time `work`, which does something `times` times, each with so many floating-point
+        operations and bytes moved (0 is unknown), and add its row. forwards and first_token, the
+        seconds until the first: numbers, or called for them after the work is done."""
+        what, device = what + self.suffix, self.clock.device
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         with slow(what):
-            row = {"what": what, **self.clock(work), "flops": flops, "bytes": moved}
-        seconds, rates = row["seconds"], []
+            row = {"what": what, **{k: v / times for k, v in self.clock(work).items()},
+                   "flops": flops, "bytes": moved}
+        seconds, rates, token = row["seconds"], [], first_token and first_token()
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
         row.update(forwards=forwards() if callable(forwards) else forwards, tokens=tokens,
-                   peak_gb=peak)
+                   peak_gb=peak, first_token=token)
         for name, amount, unit, limit in (("flops", flops, 1e12, self.product),
                                           ("bytes", moved, 1e9, self.copy)):
             share = row[f"{name}_share"] = amount and amount / seconds / limit
             rates.append(f"{amount / seconds / unit:.3g} ({100 * share:.0f}%)" if amount else "")
         self.rows.append(row)
         print(f"| {what} | {1e3 * seconds:.3g} ({1e3 * row['low']:.3g}-{1e3 * row['high']:.3g}) | "
-              f"{1e3 * row['first']:.3g} | {f'{tokens / seconds:.4g}' if tokens else ''} | "
+              f"{1e3 * row['first']:.3g} | {f'{1e3 * token:.3g}' if token else ''} | "
+              f"{f'{tokens / seconds:.4g}' if tokens else ''} | "
               f"{row['forwards']} | {' | '.join(rates)} | {f'{peak:.1f}' if peak else ''} |",
               flush=True)
         return row

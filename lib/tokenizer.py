@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from lib.cli import require
 from lib.vocabulary import chat_trained, library, read_vocabulary, silenced
@@ -98,6 +99,18 @@ class Tokenizer:
             text = text.strip()
         require(bool(text), "the answer is empty")
         return self.encode(text + self.end_of_turn)
+
+
+def stand_in(ckpt: str, rows: int) -> Tokenizer | None:
+    """For random weights with an embedding of so many rows, to which no token means anything: one
+    for each byte. None for other checkpoints."""
+    if not ckpt.startswith("random:") or rows < 256:
+        return None
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())                        # of 256 bytes
+    core = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return Tokenizer(core)
 
 
 def needed(tokenizer: Tokenizer | None, ckpt: str) -> Tokenizer:

@@ -281,26 +281,47 @@ def test_random_ids_are_never_the_mask(backbone):
 
 SPEED = ["speed", "--ckpt", f"random:{DATA / 'llada'}", "--lengths", "48,64", "--gen", "4",
          "--block", "4", "--prompt", "9", "--train", "16", "--warmup", "0", "--repeat", "1",
-         "--device", "cpu", "--dtype", "float32"]
+         "--device", "cpu", "--dtype", "float32", "--threshold", "0.9"]
 
 
 def test_speed_measures_what_it_names(capsys):
-    """A small config with random weights: every step, generation and training step has its row, and
-    shares follow from its figures."""
-    table, result = result_of(capsys, *SPEED)
+    """A small config with random weights: every step, generation, training step and cross-entropy
+    has its row for each batch, without a run to warm up too, and shares follow from its figures."""
+    table, result = result_of(capsys, *SPEED, "--batches", "1,3")
     assert result["product_flops"] > 1e8 and result["copy_bytes"] > 1e8
     rows = {row["what"]: row for row in result["rows"]}
-    assert len(rows) == 2 * 2 * 2 + 3 * 2 * 2 + 2
+    assert len(rows) == 2 * (2 * 3 * 2 + 3 * 2 * 2 + 3)
+    assert sum(what.endswith(", batch 3") for what in rows) == len(rows) / 2
     for what, row in rows.items():
         assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["first"] > 0
         assert any(line.startswith(f"| {what} |") for line in table)
         if row["flops"]:
             assert row["flops_share"] == pytest.approx(
                 row["flops"] / row["seconds"] / result["product_flops"])
+        if what.startswith("generate"):
+            assert 0 < row["first_token"] < row["high"]
+            assert row["tokens"] == (12 if "batch 3" in what else 4)
         if what.startswith("generate") and "None, mem" in what:
-            assert row["forwards"] == 4 == row["tokens"]
+            assert row["forwards"] == 4
     assert rows["dual-cache block step, 64 tokens, memory off"]["flops"] < \
+        rows["prefix-cache step, 64 tokens, memory off"]["flops"] / 3 < \
         rows["full-sequence step, 64 tokens, memory off"]["flops"] / 5
+    update = rows["training step, K = 4, 16 tokens, checkpointing on"]
+    assert update["tokens"] == 16 and update["flops"] == \
+        6 * 4 * 16 * load(DATA / "llada", "cpu")[0].config.parameters
+    first = next(line for line in table if "first whole result" in line)
+    assert f"{result['first_result']:.1f} s" in first
+
+
+def test_a_quick_look_at_speed(capsys):
+    """--quick takes fewer rows and runs, says all that was not asked otherwise, and leaves what
+    was."""
+    argv = ["speed", "--ckpt", f"random:{DATA / 'llada'}", "--quick", "--device", "cpu", "--gen",
+            "4", "--block", "4", "--prompt", "9", "--dtype", "float32", "--lengths", "32",
+            "--train", "8"]
+    table, result = result_of(capsys, *argv)
+    assert len(result["rows"]) == 4 + 3 * 2 + 3 and "medians of 3 after 1 " in table[0]
+    assert not any("prefix" in row["what"] and "generate" in row["what"] for row in result["rows"])
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -223,3 +223,41 @@ def test_prompts_files_that_cannot_be_used(cli_fails, text_ckpt, tmp_path, conte
     if content is not None:
         file.write_bytes(content)
     assert str(file) in cli_fails("--ckpt", text_ckpt, "--prompts", file, *CPU)
+
+
+ASK = """
+import importlib, os, sys
+
+class Asked(Exception):
+    pass
+
+class BeforeTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise Asked
+
+sys.meta_path.insert(0, BeforeTorch())
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Asked:
+        print(name, os.environ.pop("OMP_WAIT_POLICY", None))
+    for known in [*sys.modules]:
+        if known.split(".")[0] in ("lib", "model", "sample", "train", "bench", "studies", "tasks"):
+            del sys.modules[known]
+"""
+
+
+def test_threads_that_wait_sleep():
+    """Every command says so before torch starts its threads, or two of them on a busy core spin and
+    wait for each other, twenty times as long; what the user has said stays."""
+    names = ["sample", "train", "bench", *(f"studies.{path.stem}" for path in
+                                           sorted((ROOT / "studies").glob("[!_]*.py")))]
+    asked = {}
+    for given in (None, "ACTIVE"):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        env |= {"OMP_WAIT_POLICY": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", ASK, *names[:1 if given else None]], env=env,
+                              cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        asked[given] = [line.split() for line in done.stdout.splitlines()]
+    assert asked == {None: [[name, "PASSIVE"] for name in names], "ACTIVE": [["sample", "ACTIVE"]]}

@@ -661,21 +661,3 @@ def test_the_fingerprint_tells_checkpoints_apart(backbones, family):
             p.copy_(kept)
     tuned.config = replace(tuned.config, rope_theta=tuned.config.rope_theta + 1)
     assert tuned.fingerprint() != original
-
-
-# ------------------------------------------------------------------ compiled
-def test_compiled_generation_is_the_same():
-    """The same tokens, memory and cache included, from a handful of graphs: full sequence and block
-    step of the block, of Mixer and Injector, and one Updater."""
-    backbone, _ = load(DATA / "dream", "cpu")
-    memory, graphs, samples = awake(backbone), [], []
-    prompt = torch.arange(20, 30).view(2, 5)
-    torch._dynamo.reset()
-    for compiled in (False, True):
-        if compiled:
-            for module in (backbone, memory):
-                module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
-        samples.append(generate(backbone, prompt, memory=memory, gen_length=16, block_length=8,
-                                steps=16, cache="dual"))
-    assert torch.equal(samples[0].ids, samples[1].ids)
-    assert 0 < len(graphs) <= 7

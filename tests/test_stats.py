@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.cli import InputError
-from lib.stats import Accuracies, Clock, Timings, limits, plot, wilson
+from lib.stats import Accuracies, Clock, Pace, Timings, limits, plot, wilson
 
 
 # ------------------------------------------------------------------ accuracy
@@ -115,14 +115,23 @@ def test_timings_say_shares_of_the_limits(monkeypatch, capsys):
         "seconds": 0.5, "low": 0.4, "high": 0.6, "first": 3.0})
     timings, done = Timings(Clock(torch.device("cpu"), 0, 1), 2e12, 1e9), []
     row = timings.take("a step", lambda: done.append(7), 10 ** 11, 10 ** 8, tokens=20,
-                       forwards=lambda: done[-1])
-    bare = timings.take("a walk", lambda: None)
+                       forwards=lambda: done[-1], first_token=lambda: 0.02)
+    bare = timings.take("a walk", lambda: None, times=2)
     timings.compare("walk / step", bare, row)
     assert timings.rows == [row, bare] and row["forwards"] == 7 and bare["forwards"] == 1
     assert row["flops_share"] == pytest.approx(0.1) and row["bytes_share"] == pytest.approx(0.2)
     assert not bare["flops_share"] and not bare["bytes_share"] and bare["tokens"] is None
     head, _, step, walk, ratio = capsys.readouterr().out.splitlines()
-    assert step == "| a step | 500 (400-600) | 3e+03 | 40 | 7 | 0.2 (10%) | 0.2 (20%) |  |"
-    assert walk == "| a walk | 500 (400-600) | 3e+03 |  | 1 |  |  |  |"
-    assert ratio.startswith("| -> walk / step | 1.000 x |")
-    assert {line.count("|") for line in (head, step, walk, ratio)} == {9}
+    assert step == "| a step | 500 (400-600) | 3e+03 | 20 | 40 | 7 | 0.2 (10%) | 0.2 (20%) |  |"
+    assert walk == "| a walk | 250 (200-300) | 1.5e+03 |  |  | 1 |  |  |  |"
+    assert ratio.startswith("| -> walk / step | 0.500 x |")
+    assert {line.count("|") for line in (head, step, walk, ratio)} == {10}
+
+
+def test_the_pace_is_of_what_was_added_since():
+    """Tokens of all processes a second, and this one's share of a product; then it begins anew."""
+    pace = Pace(1e6, processes=2)
+    pace.add(1000, 500)
+    pace.add(500, 1000)
+    assert pace(2.0) == ", 1,500 tokens/s, 50% of a matrix product"
+    assert pace(2.0) == ", 0 tokens/s, 0% of a matrix product"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -409,27 +410,6 @@ def test_checkpointing_changes_nothing(family):
     assert (once, twice) == (3, 6)
 
 
-@pytest.mark.parametrize("shapes", [1, pytest.param(2, marks=pytest.mark.faults)])
-def test_compiled_training_is_the_same(shapes):
-    """A graph each for the block and the memory's three parts, and one more for all shapes behind
-    the first (that a cached generation has two shapes is tested there)."""
-    batches = [examples(), examples(((2, 9), (6, 3)))][:shapes]
-    backbone, _ = load(DATA / "llada", "cpu")
-    memory, graphs, outcomes = awake(backbone), [], []
-    for compiled in (False, True):
-        if compiled:
-            torch._dynamo.reset()
-            for module in (backbone, memory):
-                module.compile(backend=lambda graph, inputs: graphs.append(1) or graph.forward)
-        for rows in batches:
-            loss = loss_of(backbone, memory, rows, K=3)
-            outcomes.append((loss.item(), grads_of(memory, loss)))
-    for (loss, grads), (again, same) in zip(outcomes[:shapes], outcomes[shapes:], strict=True):
-        assert loss == pytest.approx(again, rel=1e-6)
-        assert_close(grads, same)
-    assert 0 < len(graphs) <= 4 * shapes
-
-
 # ------------------------------------------------------------------ what `fit` computes
 def test_cosine():
     """A line up to 1 at the end of the warm-up, half way down in the middle, 0 at the end."""
@@ -640,6 +620,21 @@ def test_defaults_go_by_the_backbone(small_ckpt, tmp_path, asked, monkeypatch, l
                        "--steps", "1", "--K", "1", "--slots", "4", "--width", "32", *flags]) == 0
     assert {len(call.rows) for call in asked} == {expected[0]}
     assert (len(asked), asked[0].checkpointing) == expected[1:]
+
+
+def test_random_weights_learn_from_bytes(data, tmp_path, asked, capsys):
+    """random:NAME with a file: each byte is a token, so that a training can be timed without
+    weights; the pace is said with the losses. Without a file there is nothing to learn."""
+    argv = ["--ckpt", f"random:{DATA / 'llada'}", "--out", str(tmp_path / "out"), "--device", "cpu",
+            "--dtype", "float32", "--steps", "1", "--batch-size", "2", "--micros", "1", "--K", "3"]
+    assert train.main([*argv, "--data", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r", [\d,]+ tokens/s, \d+% of a matrix product\n", out)
+    assert (tmp_path / "out" / MEMORY).is_file()
+    texts = [json.loads(line) for line in data.read_text().splitlines()]
+    letters = {len((text["prompt"] + text["response"]).encode()) for text in texts}
+    assert {sum(i < 256 for i in row) for call in asked for row in call.rows} <= letters
+    assert train.main(argv) == 2 and "--data" in capsys.readouterr().err
 
 
 def test_the_figures_are_those_of_all_micro_batches(run, unevaluated, tmp_path):
