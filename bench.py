@@ -264,7 +264,8 @@ def time_steps(timings: Timings, backbone: Backbone, memory: MetaState, ids: tor
 
     def decide(logits: torch.Tensor, masked: torch.Tensor, commit: Commit) -> tuple:
         candidate, confidence = propose(logits, "low_confidence", c.mask_id)
-        return candidate, choose(confidence, commit, (~masked).sum(1, keepdim=True))
+        return candidate, choose(confidence.masked_fill(~masked, -torch.inf), commit,
+                                 (~masked).sum(1, keepdim=True))
 
     for kind, cache, computed in (("full-sequence step", None, T),
                                   ("prefix-cache step", "prefix", response),
@@ -307,8 +308,7 @@ def time_generations(timings: Timings, backbone: Backbone, memory: MetaState, pr
                 on_step=first_token).forwards)
 
         timings.take(f"generate {args.gen}, cache {cache}, threshold {threshold}, memory {name}",
-                     work, tokens=len(prompt) * args.gen,
-                     forwards=lambda: forwards[-1],
+                     work, tokens=len(prompt) * args.gen, forwards=lambda: forwards[-1],
                      first_token=lambda: statistics.median(waits[1 + args.warmup:]))
 
 
