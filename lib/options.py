@@ -90,7 +90,7 @@ def check_training(args: argparse.Namespace) -> None:
 def check_speed(args: argparse.Namespace) -> None:
     """Fill in what bench.py speed was not told, and refuse lengths that do not go together."""
     sure = None if args.ckpt.startswith("random:") else 0.9
-    for name, usual, quick in (("lengths", [128, 256], [512]), ("train", None, 512),
+    for name, usual, quick in (("lengths", [128, 256], [256]), ("train", None, 256),
                                ("warmup", 2, 0), ("repeat", 5, 3), ("threshold", sure, None)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else usual)
@@ -197,7 +197,7 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     s.add_argument("--quick", action="store_true", help="on a GPU two minutes at most: other "
                    "defaults, and no generations on a prefix cache")
     s.add_argument("--lengths", type=listed(count), help="tokens of a sequence, comma-separated "
-                   "(default: 128,256; quick: 512)")
+                   "(default: 128,256; quick: 256)")
     s.add_argument("--batches", type=listed(size), default=[1], help="sequences at a time, "
                    "comma-separated (default: 1)")
     s.add_argument("--prompt", type=count, default=128, help="tokens to generate from")
@@ -206,7 +206,7 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     s.add_argument("--threshold", type=number(0, 1e3), help="generations by confidence too "
                    "(default: 0.9; none for random weights, which are never sure)")
     s.add_argument("--train", type=count, help="also a training update with so many tokens (quick: "
-                   "512)")
+                   "256)")
     s.add_argument("--warmup", type=whole(0, 10 ** 4), help="runs before those that count, after "
                    "the very first (default: 2; quick: 0)")
     s.add_argument("--repeat", type=size, help="runs that count (default: 5; quick: 3)")

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from lib.cli import InputError
+from lib.options import bench_parser, check_speed
 from metastate import MetaState
 from model import DREAM_7B, LLADA_8B, Backbone, Cache, load
 from sample import denoise, generate
@@ -322,6 +323,15 @@ def test_a_quick_look_at_speed(capsys):
     table, result = result_of(capsys, *argv)
     assert len(result["rows"]) == 4 + 3 * 2 + 3 and "medians of 3 after 1 " in table[0]
     assert not any("prefix" in row["what"] and "generate" in row["what"] for row in result["rows"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--quick"]], ids=str)
+def test_what_is_not_asked_fits_the_default_model(tiny, flags):
+    """Lengths, generation and update have room in it."""
+    args = bench_parser("", TASKS).parse_args(["speed", *flags])
+    check_speed(args)
+    longest = max(*args.lengths, args.prompt + args.gen, args.train or 0)
+    assert longest <= tiny[0].config.max_len
 
 
 @pytest.mark.parametrize("argv, words", [
