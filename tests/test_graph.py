@@ -17,8 +17,7 @@ from sample import generate
 class Recording(TorchDispatchMode):
     """Does on a CPU what a CUDA graph does: keeps the operations of a capture with the very tensors
     that they read and wrote, undoes what they did, and runs them, into the same memory, on replay.
-    No operation may ask the host for a value, or draw from a generator
-    that is not registered."""
+    No operation may ask the host for a value, or draw from a generator that is not registered."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +95,7 @@ def test_steps_replayed_as_graphs(shallow, options, with_memory, graphs, monkeyp
         replays = sum(graph.replays for graph in graphs)
         if cache == "prefix":
             assert graphs == []
-        else:  # the first of a kind is not replayed; steps that commit nothing are one
+        else:  # the first of a kind is not replayed; steps that commit nothing are a kind too
             kinds = 1 if cache is None else 2
             assert 0 < plain.forwards - replays <= 2 * kinds
         graphs.clear()
