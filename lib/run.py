@@ -26,13 +26,15 @@ from lib.terminal import note
 
 
 def processes() -> tuple[int, int]:
-    """(rank, number) of the processes that train together; joins those that torchrun started."""
+    """(rank, number) of the processes that train together; joins those that torchrun started, and
+    returns when all have: one that is refused something and ends takes the meeting point along."""
     if "RANK" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.all_gather_object([None] * dist.get_world_size(), None)
         except (ValueError, RuntimeError) as error:
             raise InputError("the environment has RANK, as if torchrun had started this, but the "
                              f"processes do not find together ({str(error).splitlines()[0]}): "
