@@ -20,6 +20,7 @@ import math
 import random
 import statistics
 import time
+from functools import partial
 from itertools import product
 from typing import Callable
 
@@ -38,7 +39,7 @@ from lib.stats import Accuracies, Clock, Timings, limits, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
 from model import Backbone, Config, config_of, load
-from sample import Commit, Sample, Steps, choose, generate, propose
+from sample import Commit, Sample, Steps, decide, generate
 from tasks import TASKS, Task, draw
 from train import token_losses, unrolled_loss
 
@@ -262,17 +263,13 @@ def time_steps(timings: Timings, backbone: Backbone, memory: MetaState, ids: tor
     response, element = max(block, T // 2), backbone.embedding.weight.element_size()
     times = 10 if ids.is_cuda else 1  # between two waits for the device
 
-    def decide(logits: torch.Tensor, masked: torch.Tensor, commit: Commit) -> tuple:
-        candidate, confidence = propose(logits, "low_confidence", c.mask_id)
-        return candidate, choose(confidence.masked_fill(~masked, -torch.inf), commit,
-                                 (~masked).sum(1, keepdim=True))
-
+    by = partial(decide, order="low_confidence", mask_id=c.mask_id)
     for kind, cache, computed in (("full-sequence step", None, T),
                                   ("prefix-cache step", "prefix", response),
                                   ("dual-cache block step", "dual", block)):
         rows = []
         for name, used in (("off", None), ("on", memory)):
-            steps = Steps(backbone, ids[:, :T - response], response, block, decide,
+            steps = Steps(backbone, ids[:, :T - response], response, block, by,
                           torch.Generator(ids.device), memory=used, cache=cache)
             steps(T - response, 0, Commit(1))  # fills the cache
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from itertools import product
-from typing import Callable, NamedTuple
+from itertools import chain, product
+from typing import Callable, NamedTuple, Sequence
 
 import lib.interrupts  # noqa: F401  Ctrl-C during the imports below
 import torch
@@ -35,6 +35,7 @@ LLADA_ORDERS = ("low_confidence", "random")
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 ORDERS = LLADA_ORDERS + DREAM_ORDERS
 BY_PROBABILITY = ("low_confidence", "maskgit_plus")  # the orders a threshold makes sense for
+Noise = torch.Generator | list[torch.Generator] | None  # of all rows, or one for each
 
 
 class Sample(NamedTuple):
@@ -57,7 +58,8 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
     ids (B, T), masked where nothing is revealed; where (B, n), positions; state (B, M, D) and span
     (start, length) of the response, with a memory; pad_mask (B, T). With a cache only the positions
     first .. last - 1 are computed, or those in `first`, a tensor (S,) of some that follow each
-    other; `where` lies among them. Dream's token i is predicted by hidden state i - 1."""
+    other; `where` lies among them. Dream's token i is predicted by hidden state i - 1, a row's first
+    by its own."""
     c, device = backbone.config, ids.device
     position = torch.arange(ids.shape[1], device=device)
     here = first if isinstance(first, torch.Tensor) else position[first:last]     # (S,)
@@ -77,65 +79,77 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
         with autocast:
             state = memory.update(state, h, t, span, pad_mask if pad_mask is None
                                   else pad_mask[:, here])
-    where = (where - here[0] - int(c.shift)).clamp(min=0)
+    real = 0 if pad_mask is None else (~pad_mask).int().argmax(1, keepdim=True)   # first of a row
+    where = (where - int(c.shift) * (where != real) - here[0]).clamp(min=0)
     return h.gather(1, where[..., None].expand(-1, -1, h.shape[-1])), state
 
 
 class Steps:
     """The steps of one generation, and what they carry on: ids, a cache, a memory's state. A step
     is a function of numbers (where its block starts, what it may commit) over tensors that stay
-    where they are, and waits for no host: on CUDA it is replayed as a graph."""
+    where they are, and waits for no host: on CUDA it is replayed as a graph. What it commits is
+    `decide`'s business."""
 
     def __init__(self, backbone: Backbone, prompt: torch.Tensor, gen_length: int, length: int,
-                 decide: Callable, generator: torch.Generator, *, memory: MetaState | None = None,
+                 decide: Callable, generator: Noise, *, memory: MetaState | None = None,
                  pad_mask: torch.Tensor | None = None, cfg_scale: float = 0.0,
                  cache: str | None = None, refresh: int | None = None):
         (B, P), passes, device = prompt.shape, 2 if cfg_scale > 0 else 1, prompt.device
         self.backbone, self.decide, self.generator = backbone, decide, generator
         self.scale, self.offset = cfg_scale, torch.arange(length, device=device)
-        self.cache, self.refresh, self.prompt = cache, refresh, P
-        self.ids = F.pad(prompt, (0, gen_length), value=backbone.config.mask_id)  # (B, P + G)
+        self.cache, self.refresh, mask_id = cache, refresh, backbone.config.mask_id
+        self.ids = F.pad(prompt, (0, gen_length), value=mask_id)      # (B, P + G)
+        hole = (prompt == mask_id) & (True if pad_mask is None else ~pad_mask)       # (B, P)
+        self.given, n = F.pad(~hole, (0, gen_length)), int(hole.sum(1).max())
+        # (B, n): the prompt's masks; rows with fewer fill up with other positions, which stay
+        self.holes = hole.byte().argsort(dim=1, descending=True, stable=True)[:, :n]
+        # a memory's response begins with the first of them  # our choice
+        start = torch.where(hole.any(1), hole.byte().argmax(1), P).repeat(passes)    # (B,)
         self.forwards, self.finite = 0, torch.ones((), dtype=torch.bool, device=device)
         self.state = memory.initial(passes * B) if memory else torch.empty(0, device=device)
         self.fixed = dict(
-            memory=memory, span=[torch.tensor([n], device=device) for n in (P, gen_length)],
+            memory=memory, span=(start, P + gen_length - start),
             cache=cache and Cache(backbone, passes * B, P + gen_length),
             pad_mask=None if pad_mask is None or not pad_mask.any() else
             F.pad(pad_mask, (0, gen_length)).repeat(passes, 1))
         self.replays: dict[tuple[str, bool], Replay] = {}
         self.graphs = backbone.graphs and cache != "prefix"  # whose steps have ever other shapes
 
-    def __call__(self, start: int, step: int, commit: Commit, idle: bool = False):
-        """One forward for the block at `start`, and what it commits written to .ids: (B, L) bool,
-        True there, or None if idle: then only a memory goes on. With a cache the first step of a
-        block, and every refresh-th, computes the whole sequence, the others the block and what
-        follows it ("prefix") or the block alone ("dual")."""
-        part = self.cache is not None and step % (self.refresh or step + 1)
+    def __call__(self, start: int | None, step: int, commit: Commit, idle: bool = False):
+        """One forward for the block at `start`, or the prompt's masks where it is None, and what it
+        commits written to .ids: (B, P + G) bool, True there, or None if idle: then only a memory
+        goes on. With a cache the first step of a block, and every refresh-th, computes the whole
+        sequence, the others the block and what follows it ("prefix") or the block alone ("dual");
+        those for the prompt's masks are whole."""
+        part = self.cache and start is not None and step % (self.refresh or step + 1)
         kind, self.forwards = (self.cache if part else "whole", idle), self.forwards + 1
-        if not self.graphs:
+        if not self.graphs or start is None:
             return self._step(*kind, start, *commit)
         replay = self.replays.setdefault(kind, Replay(self.generator))
         return replay(partial(self._step, *kind), start, *commit)
 
-    def _step(self, kind: str, idle: bool, start: int | torch.Tensor, *commit):
-        where = (start + self.offset).expand(len(self.ids), -1)       # (B, L)
+    def where(self, start: int | torch.Tensor | None) -> torch.Tensor:
+        """(B, L) positions of the block at `start`, or (B, n) with the prompt's masks."""
+        return self.holes if start is None else (start + self.offset).expand(len(self.ids), -1)
+
+    def _step(self, kind: str, idle: bool, start: int | torch.Tensor | None, *commit):
+        where = self.where(start)
         logits = self.logits(where, {"whole": 0, "prefix": start, "dual": where[0]}[kind])
         if idle:
             return None
         block = self.ids.gather(1, where)
-        candidate, fresh = self.decide(logits, block == self.backbone.config.mask_id,
+        candidate, fresh = self.decide(logits, self.ids, block == self.backbone.config.mask_id,
                                        Commit(*commit))               # (B, L) each
         self.ids.scatter_(1, where, torch.where(fresh, candidate, block))
-        return fresh
+        return torch.zeros_like(self.ids, dtype=torch.bool).scatter_(1, where, fresh)
 
     def logits(self, where: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) float32 at where (B, L), from one forward over the positions that
         `denoise` means by `first`. Guidance is uncond + (scale + 1) (cond - uncond), where uncond
-        has the prompt masked; a memory has a state for each."""
+        has what was given masked; a memory has a state for each."""
         ids = self.ids
         if self.scale > 0:
-            unconditional = ids.clone()
-            unconditional[:, :self.prompt] = self.backbone.config.mask_id
+            unconditional = ids.masked_fill(self.given, self.backbone.config.mask_id)
             ids, where = torch.cat([ids, unconditional]), where.repeat(2, 1)
         h, state = denoise(self.backbone, ids, where, state=self.state.clone(), first=first,
                            **self.fixed)
@@ -155,10 +169,12 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
              steps: int = 128, order: str | None = None, threshold: float | None = None,
              cache: str | None = None, temperature: float = 0.0, top_p: float | None = None,
              top_k: int | None = None, alg_temp: float = 0.0, cfg_scale: float = 0.0,
-             refresh: int | None = None, stop_at_eos: bool = False,
-             generator: torch.Generator | None = None,
+             refresh: int | None = None, stop_at_eos: bool = False, generator: Noise = None,
+             adjust: Callable | None = None, late: Sequence[int] = (),
              on_step: Callable[[Sample], object] | None = None) -> Sample:
     """Denoise `gen_length` masked positions behind `prompt`, block by block from left to right.
+    Masks in the prompt are a block before those, with as many steps for a token; gen_length 0:
+    these alone, in `steps` steps (Dream's sampler does so; for LLaDA our choice).
 
     prompt (B, P) ids; pad_mask (B, P), True where the prompt is padding (on the left).
     memory: a MetaState, carried from step to step and from block to block.
@@ -167,44 +183,46 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     temperature, top_p, top_k: which tokens, see `propose`. top_k None is the published default: no
         cut for LLaDA, 50 for Dream, whose sampler inherits that without saying so; 0 is none.
     cfg_scale, cache, refresh: guidance and Fast-dLLM's "prefix" and "dual" caches, see `Steps`.
-    stop_at_eos: stop once everything before every row's first EOS is settled; EOS fills the rest.
-    generator: the source of all randomness, on the backbone's device; a seed of 0 if None.
-    Raises `InputError`."""
+    stop_at_eos: stop once everything before every row's first EOS is settled; EOS fills the rest,
+        as it does when on_step, called after every commit, returns True.
+    generator: the source of all randomness, on the backbone's device; a seed of 0 if None. A list
+        has one for each row, seeded anew for every block: no answer depends on its batch.
+    adjust, late: see `decide`. Raises `InputError`."""
     c, L, started = backbone.config, block_length, time.perf_counter()
     dreams = "origin" if threshold is None else "maskgit_plus"
     order = order or (dreams if c.family == "dream" else "low_confidence")
     top_k = 50 if top_k is None and c.family == "dream" else top_k
     check_generation(c, prompt, pad_mask, gen_length, L, steps, order, ORDERS, threshold,
-                     BY_PROBABILITY, cache, refresh, temperature, top_p, top_k, alg_temp, cfg_scale)
+                     BY_PROBABILITY, cache, refresh, temperature, top_p, top_k, alg_temp, cfg_scale,
+                     generator)
     P, generator = prompt.shape[1], generator or torch.Generator(prompt.device).manual_seed(0)
-
-    def decide(logits: torch.Tensor, masked: torch.Tensor, commit: Commit) -> tuple:
-        candidate, confidence = propose(logits, order, c.mask_id, temperature, top_p, top_k,
-                                        generator)                    # (B, L) each
-        return candidate, choose(confidence.masked_fill(~masked, -torch.inf), commit,
-                                 (~masked).sum(1, keepdim=True), alg_temp, generator)
-
-    step = Steps(backbone, prompt, gen_length, L, decide, generator, memory=memory, cache=cache,
+    by = partial(decide, order=order, mask_id=c.mask_id, temperature=temperature, top_p=top_p,
+                 top_k=top_k, alg_temp=alg_temp, generator=generator, adjust=adjust, late=late)
+    step = Steps(backbone, prompt, gen_length, L, by, generator, memory=memory, cache=cache,
                  pad_mask=pad_mask, cfg_scale=cfg_scale, refresh=refresh)
+    n = step.holes.shape[1]
+    filling = plan(c, order, threshold, n, math.ceil(steps * n / (gen_length or n))) if n else []
     # a slice of Dream's cannot predict its first position: a block's first, whole step commits that
-    leading = cache is not None and c.shift and refresh != 1
-    schedule = plan(c, order, threshold, L, steps * L // gen_length, leading)
+    leading = cache is not None and c.shift and refresh != 1 and gen_length > 0
+    schedule = plan(c, order, threshold, L, steps * L // (gen_length or L), leading)
     if leading:
         schedule[0] = schedule[0]._replace(within=1)
     counted = threshold is None and order != "origin"  # the plan alone says what is still masked
-    for start, (i, commit) in product(range(P, P + gen_length, L), enumerate(schedule)):
+    for start, (i, commit) in chain(product([None], enumerate(filling)),
+                                    product(range(P, P + gen_length, L), enumerate(schedule))):
+        for row in generator if i == 0 and isinstance(generator, list) else ():
+            row.manual_seed(row.initial_seed() + 1)
         idle = counted and commit.count == 0
         if (idle and memory is None) or (
-                not counted and not (step.ids[:, start:start + L] == c.mask_id).any()):
+                not counted and not (step.ids.gather(1, step.where(start)) == c.mask_id).any()):
             continue  # nothing to commit, and no memory to carry on
-        fresh = step(start, i, commit, idle)                          # (B, L)
+        fresh = step(start, i, commit, idle)                          # (B, P + G)
         if idle:
             continue
-        sample = Sample(step.ids, F.pad(fresh, (start, P + gen_length - start - L)), step.forwards,
-                        time.perf_counter() - started)
-        if on_step is not None:
-            on_step(sample)
-        if stop_at_eos and settled(answer := step.ids[:, P:], c):
+        sample = Sample(step.ids, fresh, step.forwards, time.perf_counter() - started)
+        answer = step.ids[:, P:]
+        if (on_step is not None and on_step(sample) is True) or (
+                stop_at_eos and start is not None and settled(answer, c)):
             answer.masked_fill_(answer == c.mask_id, c.eos_id)
             break  # out of all blocks
     require(bool(step.finite), "the model's logits are not finite: there is no answer")
@@ -252,16 +270,31 @@ def plan(c: Config, order: str, threshold: float | None, length: int, steps: int
     return [*map(Commit, counts)]
 
 
+def decide(logits: torch.Tensor, ids: torch.Tensor, masked: torch.Tensor, commit: Commit, *,
+           order: str, mask_id: int, alg_temp: float = 0.0, adjust: Callable | None = None,
+           generator: Noise = None, **tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) candidates and (B, L) bool, which of them a step commits, given the block's logits
+    (B, L, V) float32, all ids (B, P + G) and which of the block are masked (B, L).
+    adjust(logits, ids) -> the logits to go by: operations on the device alone, for they are
+    recorded with the step. tokens: as `propose` takes them."""
+    if adjust is not None:
+        logits = adjust(logits, ids)
+    candidate, confidence = propose(logits, order, mask_id, generator=generator, **tokens)
+    return candidate, choose(confidence.masked_fill(~masked, -torch.inf), commit,
+                             (~masked).sum(1, keepdim=True), alg_temp, generator)
+
+
 def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float = 0.0,
-            top_p: float | None = None, top_k: int | None = None,
-            generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            top_p: float | None = None, top_k: int | None = None, generator: Noise = None,
+            late: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """A candidate token and the confidence in it at each of n positions: logits (B, n, V) float32
     -> ids (B, n), confidence (B, n), larger is surer.
 
     The candidate is the argmax; with a temperature it is drawn from the tempered and cut
     distribution, in which Dream measures its confidence; LLaDA measures it in the plain one. The
     mask token is never a candidate; its share of the probability counts all the same, as in the
-    published samplers, which leave it in."""
+    published samplers, which leave it in. late: tokens that are left out of the probabilities once
+    the candidates are taken, so that they are committed last (`confidence_eos_eot_inf`)."""
     share = logits[..., mask_id].clone()
     logits[..., mask_id] = -torch.inf
     best = logits.argmax(-1, keepdim=True)                            # (B, n, 1)
@@ -275,7 +308,9 @@ def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float =
         noisy[..., mask_id] = -torch.inf
         candidate = noisy.argmax(-1)
     if order in ("random", "origin"):
-        return candidate, torch.rand(candidate.shape, device=logits.device, generator=generator)
+        return candidate, uniform(candidate, torch.float32, generator)
+    for token in late:
+        logits[..., token] = drawn[..., token] = -torch.inf
     probability = torch.softmax(logits if order in LLADA_ORDERS else drawn, -1)   # (B, n, V)
     if order == "topk_margin":
         first, second = probability.topk(2, -1).values.unbind(-1)
@@ -285,10 +320,17 @@ def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float =
     return candidate, probability.gather(-1, candidate[..., None])[..., 0]
 
 
-def gumbel(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def uniform(x: torch.Tensor, dtype: torch.dtype, generator: Noise) -> torch.Tensor:
+    """Numbers from [0, 1) in x's shape (B, ...)."""
+    draw = partial(torch.rand, device=x.device, dtype=dtype)
+    if isinstance(generator, list):
+        return torch.stack([draw(x.shape[1:], generator=row) for row in generator])
+    return draw(x.shape, generator=generator)
+
+
+def gumbel(x: torch.Tensor, generator: Noise) -> torch.Tensor:
     """Gumbel noise of x's shape, float64 where the device has it."""
-    uniform = torch.rand(x.shape, device=x.device, dtype=widest(x.device), generator=generator)
-    return -(-uniform.log()).log()
+    return -(-uniform(x, widest(x.device), generator).log()).log()
 
 
 def cut(logits: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.Tensor:
@@ -306,7 +348,7 @@ def cut(logits: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.T
 
 
 def choose(confidence: torch.Tensor, commit: Commit, committed: torch.Tensor, alg_temp: float = 0.0,
-           generator: torch.Generator | None = None) -> torch.Tensor:
+           generator: Noise = None) -> torch.Tensor:
     """(B, L) bool, the positions that a step commits: confidence (B, L), -inf where nothing can be;
     committed (B, 1), how many of the block are already. With alg_temp positions are drawn from
     softmax(confidence / alg_temp), as Dream does."""

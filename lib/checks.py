@@ -84,19 +84,19 @@ def check_memory(sizes, numbers: int) -> None:
 
 # ------------------------------------------------------------------ settings
 def check_blocks(gen_length: int, block_length: int, steps: int) -> int:
-    """The number of blocks of an answer; refuses what does not divide."""
-    require(gen_length > 0 < block_length and gen_length % block_length == 0,
+    """The number of blocks of an answer, 0 without one; refuses what does not divide."""
+    require(gen_length >= 0 < block_length and gen_length % block_length == 0,
             f"gen_length {gen_length} is not a multiple of block_length {block_length}")
     blocks = gen_length // block_length
     require(0 < steps <= 2 ** 16, f"{steps} steps: from 1 to {2 ** 16} can be taken")
-    require(steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
+    require(blocks == 0 or steps % blocks == 0, f"{steps} steps do not divide into {blocks} blocks "
             f"(gen_length {gen_length} / block_length {block_length})")
     return blocks
 
 
 def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order, orders, threshold,
                      by_probability, cache, refresh, temperature, top_p, top_k, alg_temp,
-                     cfg_scale) -> None:
+                     cfg_scale, generator) -> None:
     """Refuse what `generate` cannot do with a backbone of config c; the names are its own.
     orders: those there are; by_probability: those a threshold makes sense for."""
     require(prompt.dim() == 2 and 0 not in prompt.shape,
@@ -110,12 +110,16 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
         require(not (pad_mask[:, 1:] & ~pad_mask[:, :-1]).any(),
                 "prompts are padded on the left only")
     blocks = check_blocks(gen_length, block_length, steps)
+    require(blocks > 0 or bool((prompt == c.mask_id).any()), "gen_length is 0, and the prompt holds "
+            "no mask: there is nothing to write")
+    require(not isinstance(generator, list) or len(generator) == len(prompt), f"{len(prompt)} "
+            "prompts need as many generators in the list")
     require(prompt.shape[1] + gen_length <= c.max_len, f"a prompt of {prompt.shape[1]} tokens and "
             f"gen_length {gen_length} leave no room in the model's {c.max_len} positions")
     require(cache in (None, "prefix", "dual"), f"unknown cache {cache!r}: prefix or dual")
     require(refresh is None or cache is not None and refresh > 0,
             f"refresh is {refresh}: it needs a cache, and has to be 1 or more")
-    require(not (cache and c.shift and refresh != 1 and steps // blocks < 2 <= block_length),
+    require(not (cache and c.shift and refresh != 1 and blocks and steps // blocks < 2 <= block_length),
             "with a cache Dream needs 2 steps a block or more: the first commits one position")
     require(order in orders, f"unknown order {order!r}: one of {', '.join(orders)}")
     require(threshold is None or order in by_probability, "a threshold needs an order by "
