@@ -8,7 +8,8 @@
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
 one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories, for a
 model that names its tasks those in its folder (none with a bare `--memory --reset`), the table has
-the frozen backbone beside MetaState and its controls, reset and shuffled.
+the frozen backbone beside MetaState and its controls, reset and shuffled;
+--also NAME=FILES adds a variant.
 
 Speed is said as a share of what the machine does in a matrix product and a copy, measured in the
 same run. random:NAME has a published model's shapes, and random:FOLDER those of any config.json.
@@ -25,17 +26,17 @@ from itertools import product
 from typing import Callable
 
 import lib.interrupts  # noqa: F401  Ctrl-C during the imports below
-import numpy as np
 import torch
 
+from lib.accuracies import AccuracyTable
+from lib.bench_options import bench_parser
 from lib.cli import InputError, command, compile_on, require
 from lib.data import left_pad
 from lib.files import to_json
 from lib.hub import find, stated
 from lib.live import answer_text
-from lib.options import bench_parser
 from lib.progress import progress, slow
-from lib.stats import Accuracies, Clock, Timings, limits, plot
+from lib.stats import Clock, Timings, limits, plot
 from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState, Reset, Shuffled
 from model import Backbone, Config, config_of, load
@@ -90,8 +91,9 @@ def accuracy(args: argparse.Namespace) -> None:
     trained = memories(backbone, args.ckpt, args.memory, "metastate", bool(named))
     reset = memories(backbone, args.ckpt, args.reset, "reset", bool(named))
     compile_on(backbone.embedding.weight.device, args.compile, backbone, *trained, *reset)
+    also = {name: memories(backbone, args.ckpt, files, "", False) for name, files in args.also}
     variants = {"frozen": [None], "MetaState": trained, "shuffled": [*map(Shuffled, trained)],
-                "reset": [*map(Reset, reset)]}
+                "reset": [*map(Reset, reset)], **also}
     variants = {name: found for name, found in variants.items() if found}
     steps = list(dict.fromkeys(math.ceil(length / b) for b in args.budgets))
     settings = {f"{n} steps": {"steps": n} for n in steps}
@@ -105,75 +107,23 @@ def accuracy(args: argparse.Namespace) -> None:
         require(longest + length <= backbone.config.max_len, f"prompts of {name} have up to "
                 f"{longest} tokens: with {length} to answer more than the model's "
                 f"{backbone.config.max_len}")
-    shape = (len(names), len(settings), args.prompts)
-    right = {v: np.zeros((len(found), *shape)) for v, found in variants.items()}
-    forwards = {v: np.zeros_like(r) for v, r in right.items()}
-    work = [(i, j, v, k) for i, j, v in product(range(len(names)), range(len(settings)), variants)
-            for k in range(len(variants[v]))]
-    for i, j, v, k in progress(work, "settings"):
-        right[v][k, i, j], forwards[v][k, i, j] = solve(
+    table = AccuracyTable({v: len(found) for v, found in variants.items()}, names, list(settings),
+                          args.prompts)
+    for i, v, j, k in progress(table.work(), "settings"):
+        table.add(i, v, j, k, *solve(
             backbone, tokenizer, TASKS[names[i]], prompts[names[i]], length, memory=variants[v][k],
-            **list(settings.values())[j])
-
-    measured = Accuracies(right)
-    rows = accuracy_table(measured, forwards, names, list(settings))
-    print(f"\n{args.prompts} held-out prompts a task, seed {args.seed}; % right (95% interval over "
-          "training seeds and prompts; for thresholds the mean forwards); memories: "
-          f"{len(trained)} trained, {len(reset)} trained with reset")
-    leads, share = [], None
-    if trained:
-        leads = leads_of(measured, [j for j, n in enumerate(steps) if n < length])
-        share = forwards_share(measured, forwards, steps.index(length)) if length in steps else None
+            **list(settings.values())[j]))
+    found = table.finish(
+        f"{args.prompts} held-out prompts a task, seed {args.seed}; % right (95% interval over "
+        "training seeds and prompts; for thresholds the mean forwards); memories: "
+        f"{len(trained)} trained, {len(reset)} trained with reset",
+        [j for j, n in enumerate(steps) if n < length],
+        steps.index(length) if length in steps else None)
     if args.json:
         print(to_json({"ckpt": args.ckpt, "seed": args.seed, "prompts": args.prompts,
-                       "rows": rows, "leads": leads, "forwards_share": share}))
+                       "rows": table.rows, **found}))
     if args.plot:
-        plot(rows, args.plot)
-
-
-def accuracy_table(measured: Accuracies, forwards: dict[str, np.ndarray], tasks: list[str],
-                   settings: list[str]) -> list[dict]:
-    """Print a row for each task and variant, and for the mean of the tasks; returns the cells.
-    forwards[variant] (training seeds, tasks, settings, prompts)."""
-    print("| task | variant | " + " | ".join(settings) + " |")
-    print("|---" * (len(settings) + 2) + "|")
-    groups, cells = {name: [i] for i, name in enumerate(tasks)}, []
-    for (task, chosen), v in product([*groups.items(), ("mean", list(range(len(tasks))))],
-                                     forwards):
-        row = [{**measured.cell(chosen, j, v), "task": task, "variant": v, "setting": setting,
-                "forwards": float(forwards[v][:, chosen, j].mean())}
-               for j, setting in enumerate(settings)]
-        cells += row
-        print(f"| {task} | {v} | " + " | ".join(
-            f"{c['accuracy']:.1f} ({c['low']:.0f}-{c['high']:.0f})"
-            + (f" in {c['forwards']:.1f}" if c["setting"].startswith("thr") else "")
-            for c in row) + " |")
-    return cells
-
-
-def leads_of(measured: Accuracies, reduced: list[int]) -> list[dict]:
-    """Print and return MetaState's lead over every other variant, mean of all tasks and of the
-    settings with less than one step per token."""
-    leads, tasks = [], list(range(len(measured.means["frozen"])))
-    for minus in measured.means if reduced else ():
-        if minus != "MetaState":
-            points, low, high = measured(tasks, reduced, "MetaState", minus)
-            leads.append({"minus": minus, "points": points, "low": low, "high": high})
-            print(f"MetaState - {minus}, mean of tasks and reduced budgets: {points:+.1f} points "
-                  f"({low:+.1f} to {high:+.1f})")
-    return leads
-
-
-def forwards_share(measured: Accuracies, forwards: dict[str, np.ndarray], one: int) -> float | None:
-    """Print and return the least forwards with which MetaState is as accurate as the frozen
-    backbone at one token per step (the setting `one`), as a share of those; None if never."""
-    target = measured.means["frozen"][:, one].mean()
-    reached = measured.means["MetaState"].mean(0) >= target                   # (settings,)
-    took = forwards["MetaState"].mean((0, 1, 3))[reached]
-    share = took.min() / forwards["frozen"][:, :, one].mean() if len(took) else None
-    print("forwards for the frozen accuracy at one token per step: "
-          + ("not reached" if share is None else f"{share:.2f} x as many"))
-    return share
+        plot(table.rows, args.plot)
 
 
 # ------------------------------------------------------------------ speed

@@ -20,11 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.cli import InputError, require
-from lib.files import read_tensors, save_tensors
-from lib.tensors import rebuilt
-
-FORMAT = 1  # of memory files; those that do not state it are of this format too
+from lib.cli import require
+from lib.memories import load_memory, save_memory
 
 
 class TimeConditioner(nn.Module):
@@ -232,22 +229,12 @@ class MetaState(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights, sizes and the backbone's fingerprint as one safetensors file."""
-        stated = {"format": FORMAT, "sizes": self.sizes, "backbone": self.fingerprint}
-        save_tensors(path, self.state_dict(), stated)
+        save_memory(path, self, self.fingerprint)
 
-    @classmethod
-    def load(cls, path: str | Path, backbone) -> MetaState:
-        """A frozen memory in eval mode on the backbone's device. Raises `InputError` when the file
-        is missing or broken, of another format, or belongs to another backbone."""
-        try:
-            tensors, stated = read_tensors(path)
-            require(stated.get("format", FORMAT) == FORMAT, f"format {stated.get('format')!r}")
-            memory = rebuilt(cls, stated["sizes"], tensors, fingerprint=stated["backbone"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is not a MetaState memory ({error})") from error
-        require(memory.fingerprint == backbone.fingerprint(),
-                f"{path} was trained for another backbone")
-        return memory.to(backbone.embedding.weight.device).eval().requires_grad_(False)
+    @staticmethod
+    def load(path: str | Path, backbone) -> MetaState:
+        """The memory of a file, frozen, of the class that it names. Raises `InputError`."""
+        return load_memory(path, backbone)
 
 
 # ------------------------------------------------------------------ controls (ours)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from lib.checks import check_generation
-from lib.cli import command, compile_on, require, widest
+from lib.cli import command, compile_on, require
+from lib.draws import Noise, cut, gumbel, uniform
 from lib.graph import Replay
 from lib.hub import stated
 from lib.live import answer_prompts
@@ -35,7 +36,6 @@ LLADA_ORDERS = ("low_confidence", "random")
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 ORDERS = LLADA_ORDERS + DREAM_ORDERS
 BY_PROBABILITY = ("low_confidence", "maskgit_plus")  # the orders a threshold makes sense for
-Noise = torch.Generator | list[torch.Generator] | None  # of all rows, or one for each
 
 
 class Sample(NamedTuple):
@@ -58,8 +58,8 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
     ids (B, T), masked where nothing is revealed; where (B, n), positions; state (B, M, D) and span
     (start, length) of the response, with a memory; pad_mask (B, T). With a cache only the positions
     first .. last - 1 are computed, or those in `first`, a tensor (S,) of some that follow each
-    other; `where` lies among them. Dream's token i is predicted by hidden state i - 1, a row's first
-    by its own."""
+    other; `where` lies among them. Dream's token i is predicted by hidden state i - 1, the first
+    of a row by its own."""
     c, device = backbone.config, ids.device
     position = torch.arange(ids.shape[1], device=device)
     here = first if isinstance(first, torch.Tensor) else position[first:last]     # (S,)
@@ -103,8 +103,8 @@ class Steps:
         self.given, n = F.pad(~hole, (0, gen_length)), int(hole.sum(1).max())
         # (B, n): the prompt's masks; rows with fewer fill up with other positions, which stay
         self.holes = hole.byte().argsort(dim=1, descending=True, stable=True)[:, :n]
-        # a memory's response begins with the first of them  # our choice
-        start = torch.where(hole.any(1), hole.byte().argmax(1), P).repeat(passes)    # (B,)
+        # where a memory's response begins: without an answer with the first of them  # our choice
+        start = (hole.byte().argmax(1) if gen_length == 0 else hole.sum(1) * 0 + P).repeat(passes)
         self.forwards, self.finite = 0, torch.ones((), dtype=torch.bool, device=device)
         self.state = memory.initial(passes * B) if memory else torch.empty(0, device=device)
         self.fixed = dict(
@@ -318,33 +318,6 @@ def propose(logits: torch.Tensor, order: str, mask_id: int, temperature: float =
     if order == "entropy":
         return candidate, (probability * (probability + 1e-10).log()).sum(-1)
     return candidate, probability.gather(-1, candidate[..., None])[..., 0]
-
-
-def uniform(x: torch.Tensor, dtype: torch.dtype, generator: Noise) -> torch.Tensor:
-    """Numbers from [0, 1) in x's shape (B, ...)."""
-    draw = partial(torch.rand, device=x.device, dtype=dtype)
-    if isinstance(generator, list):
-        return torch.stack([draw(x.shape[1:], generator=row) for row in generator])
-    return draw(x.shape, generator=generator)
-
-
-def gumbel(x: torch.Tensor, generator: Noise) -> torch.Tensor:
-    """Gumbel noise of x's shape, float64 where the device has it."""
-    return -(-uniform(x, widest(x.device), generator).log()).log()
-
-
-def cut(logits: torch.Tensor, top_p: float | None, top_k: int | None) -> torch.Tensor:
-    """-inf outside the smallest set of top tokens whose probability exceeds top_p, and outside the
-    top_k most probable of those."""
-    if top_p is not None:
-        ordered, index = logits.sort(-1, descending=True)
-        before = torch.softmax(ordered, -1).cumsum(-1) - torch.softmax(ordered, -1)
-        ordered = ordered.masked_fill(before > top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, ordered)
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return logits
 
 
 def choose(confidence: torch.Tensor, commit: Commit, committed: torch.Tensor, alg_temp: float = 0.0,

@@ -25,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.cli import command, compile_on, require
 from lib.data import choose_data, move
+from lib.memories import new_memory, save_memory
 from lib.options import run_settings, training_parser
+from lib.progress import slow
 from lib.run import Run, local_device, processes
 from lib.stats import Clock, Pace, product_rate
 from lib.tokenizer import needed, stand_in
@@ -79,7 +81,7 @@ def token_losses(backbone: Backbone, h: torch.Tensor, target: torch.Tensor,
                       for pair in parts]).view(target.shape)
 
 
-def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
+def unrolled_loss(backbone: Backbone, memory: MetaState | None, ids: torch.Tensor,
                   answer_mask: torch.Tensor, K: int = 4, lam: float = 0.5,
                   concentration: float = 1.0, generator: torch.Generator | None = None, *,
                   reveal: Callable = at_random, pad_mask: torch.Tensor | None = None,
@@ -94,9 +96,9 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
 
     ids (B, T), the truth; answer_mask (B, T) True on the answer, one contiguous run in each row (on
     the CPU nothing waits for it); pad_mask (B, T) True where padded (on the right). memory: a
-    MetaState, or a control around it. reveal: which tokens a step reveals, `at_random` or one like
-    it. generator: a CPU generator. figures: filled with dense_1 .. dense_K, scalar tensors. Raises
-    `InputError` for a row with no answer or with an answer in several pieces."""
+    MetaState, a control around it, or None. reveal: which tokens a step reveals, `at_random` or one
+    like it. generator: a CPU generator. figures: filled with dense_1 .. dense_K, scalar tensors.
+    Raises `InputError` for a row with no answer or with an answer in several pieces."""
     generator = generator or torch.Generator().manual_seed(0)
     length, start = answer_mask.sum(1), answer_mask.int().argmax(1)              # (B,) each
     position = torch.arange(ids.shape[1], device=answer_mask.device)
@@ -105,7 +107,7 @@ def unrolled_loss(backbone: Backbone, memory: MetaState, ids: torch.Tensor,
             "every row of answer_mask needs one contiguous run of True")
     counts, n = reveal_counts(length, K, concentration, generator), int(length.max())   # (B, K)
     masked, length, start, counts = move((answer_mask, length, start, counts), ids.device)
-    total, state = 0.0, memory.initial(len(ids))
+    total, state = 0.0, memory and memory.initial(len(ids))
     for k in range(K):
         n = n if k == 0 else int(masked.sum(1).max())  # the one thing that the host waits for
         if n == 0:  # everything is revealed: later steps have weight 0
@@ -137,8 +139,9 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path, *, steps: int,
         lr: float, schedule: Callable = cosine, warmup: int = 100, weight_decay: float = 0.01,
         clip: float = 1.0, micros: int = 1, save_every: int = 200, eval_every: int = 500,
-        evaluate: Callable | None = None, settings: dict | None = None,
-        pace: Callable[[float], str] | None = None) -> None:
+        evaluate: Callable | None = None, baseline: Callable[[], dict] | None = None,
+        settings: dict | None = None, pace: Callable[[float], str] | None = None,
+        on_save: Callable[[], None] | None = None) -> None:
     """Train `parameters` in place for `steps` updates of AdamW.
 
     loss_fn(step, micro) -> (loss, figures): called for the micro-batches 0 .. micros - 1 of every
@@ -146,13 +149,17 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
         randomness must come from (step, micro): this is what makes the resume exact. Several
         processes (torchrun) share the micro-batches, so their number must divide `micros`.
     evaluate(step) -> dict of figures, called every `eval_every` steps and after the last.
+    baseline() -> dict of figures to beat, called before the first step.
     pace(seconds) -> what an update got through in that time, for the progress line.
-    out: the folder of the `Run`, which goes on where it stands if its `settings` are these.
+    out: the folder of the `Run`, which goes on where it stands if its `settings` are these. Every
+        `save_every` steps and at the end it is saved, and on_save called.
     A loss that is not finite raises `InputError` and leaves the last good checkpoint."""
     groups = [{"params": [p for p in parameters.values() if (p.dim() > 1) == matrices],
                "weight_decay": weight_decay * matrices} for matrices in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    run = Run(out, parameters, optimizer, settings or {}, micros, pace)
+    run = Run(out, parameters, optimizer, settings or {}, micros, pace, on_save)
+    if run.start == 0 and baseline is not None:
+        run.log(-1, steps, {}, slow("measuring the baseline")(baseline)())
     for step in run.steps(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps, warmup)
@@ -174,6 +181,8 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
 
 
 # ------------------------------------------------------------------ command line
+LEGEND = ("held_out: loss on held-out examples, at step 0 without a memory; loss: of the step; "
+          "dense_k: cross-entropy of what is masked at step k of the first K")
 parser = partial(training_parser, __doc__, REVEALS)
 
 
@@ -188,9 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     args.micros = args.micros or (16 if c.large else 4)
     args.steps = args.steps or (3125 if c.large else 2000)  # one pass over 50,000 examples at 8B
     backbone.checkpointing = c.large if args.checkpointing is None else args.checkpointing
-    memory = MetaState.for_backbone(
-        backbone, args.slots, args.width, time=not args.no_time, local=not args.no_local,
-        generator=torch.Generator().manual_seed(args.seed)).to(device)
+    memory = new_memory(args.memory, backbone, args.seed, slots=args.slots, width=args.width,
+                        time=not args.no_time, local=not args.no_local).to(device)
+    if args.init:
+        memory = MetaState.load(args.init, backbone).requires_grad_(True).train()
     compile_on(device, args.compile, backbone, memory)
     trained = Reset(memory) if args.reset else Cut(memory) if args.cut else memory
     tokenizer = needed(tokenizer or stand_in(args.ckpt, c.vocab), args.ckpt)
@@ -199,8 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     n = sum(p.numel() for p in memory.parameters())
     if processes()[0] == 0:
         print(f"memory: {n:,} parameters, {100 * n / c.parameters:.2f}% of the backbone's")
+        print(LEGEND)
 
-    def loss_of(step: int, micro: int, held_out: bool = False):
+    def loss_of(step: int, micro: int, held_out: bool = False, memory=trained):
         ids, answer, pad = batch(step, micro, held_out)  # on the CPU
         ids, pad = move((ids, pad), device)
         rng = random.Random(f"reveal {args.seed} {step} {micro}")
@@ -208,23 +219,27 @@ def main(argv: list[str] | None = None) -> None:
         K = args.K[0] if held_out else rng.choice(args.K)
         if not held_out:
             pace.add(ids.numel(), K * c.parameters * (6 if backbone.checkpointing else 4))
-        loss = unrolled_loss(backbone, trained, ids, answer, K, args.lam, args.concentration,
+        loss = unrolled_loss(backbone, memory, ids, answer, K, args.lam, args.concentration,
                              generator, reveal=REVEALS["random" if held_out else args.reveal],
                              pad_mask=pad, figures=figures)
         return loss, figures if K == args.K[0] else {}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        losses = [loss_of(0, i, True)[0].item() for i in range(max(8, 64 // args.batch_size))]
+        used = trained if step else None  # the frozen backbone alone, before the first step
+        losses = [loss_of(0, i, True, used)[0].item() for i in range(max(8, 64 // args.batch_size))]
         return {"held_out": sum(losses) / len(losses)}
 
+    path = Path(args.out) / "metastate.safetensors"
+    keep = partial(save_memory, path, memory, backbone.fingerprint())
+    code = dict.fromkeys((MetaState, type(memory)))
     fit(dict(memory.named_parameters()), loss_of, args.out, warmup=args.warmup, micros=args.micros,
         steps=args.steps, lr=args.lr, save_every=args.save_every, eval_every=args.eval_every,
-        evaluate=evaluate, settings=run_settings(args, backbone, tokenizer, batch, MetaState),
-        pace=pace)
+        evaluate=evaluate, baseline=partial(evaluate, 0), pace=pace, on_save=keep,
+        settings=run_settings(args, backbone, tokenizer, batch, *code))
     if processes()[0] == 0:
-        memory.save(Path(args.out) / "metastate.safetensors")
-        print(f"wrote {Path(args.out) / 'metastate.safetensors'}")
+        keep()  # a run that had ended before may have lost it
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

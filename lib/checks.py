@@ -110,8 +110,8 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
         require(not (pad_mask[:, 1:] & ~pad_mask[:, :-1]).any(),
                 "prompts are padded on the left only")
     blocks = check_blocks(gen_length, block_length, steps)
-    require(blocks > 0 or bool((prompt == c.mask_id).any()), "gen_length is 0, and the prompt holds "
-            "no mask: there is nothing to write")
+    require(blocks > 0 or bool((prompt == c.mask_id).any()),
+            "gen_length is 0, and the prompt holds no mask: there is nothing to write")
     require(not isinstance(generator, list) or len(generator) == len(prompt), f"{len(prompt)} "
             "prompts need as many generators in the list")
     require(prompt.shape[1] + gen_length <= c.max_len, f"a prompt of {prompt.shape[1]} tokens and "
@@ -119,7 +119,8 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
     require(cache in (None, "prefix", "dual"), f"unknown cache {cache!r}: prefix or dual")
     require(refresh is None or cache is not None and refresh > 0,
             f"refresh is {refresh}: it needs a cache, and has to be 1 or more")
-    require(not (cache and c.shift and refresh != 1 and blocks and steps // blocks < 2 <= block_length),
+    a_block = steps // max(blocks, 1)
+    require(not (cache and c.shift and refresh != 1 and a_block < 2 <= block_length),
             "with a cache Dream needs 2 steps a block or more: the first commits one position")
     require(order in orders, f"unknown order {order!r}: one of {', '.join(orders)}")
     require(threshold is None or order in by_probability, "a threshold needs an order by "

@@ -54,12 +54,22 @@ def of_code(*things) -> str:
     return of_text(repr([_syntax(ast.parse(_source(thing))) for thing in things]))
 
 
-def _source(thing) -> str:
+def of_modules(module) -> str:
+    """A hash of the syntax of the classes that a torch module and its parts are made of, and of
+    those that they inherit from, but torch's own; without docstrings and comments."""
+    found = {kind for part in module.modules() for kind in type(part).__mro__}
+    ours = [kind for kind in found if kind.__module__.split(".")[0] not in ("torch", "builtins")]
+    ours.sort(key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
+    return of_text(repr([_syntax(ast.parse(_source(kind, whole=False))) for kind in ours]))
+
+
+def _source(thing, whole: bool = True) -> str:
+    """The source of a function, or of a class and, if whole, all of its module."""
     if isinstance(thing, functools.partial):
         return _source(thing.func)
     try:
         return textwrap.dedent(inspect.getsource(
-            sys.modules[thing.__module__] if isinstance(thing, type) else thing))
+            sys.modules[thing.__module__] if whole and isinstance(thing, type) else thing))
     except (OSError, TypeError, KeyError):  # typed in by hand, or built in: its name has to do
         return repr(getattr(thing, "__qualname__", type(thing).__qualname__))
 

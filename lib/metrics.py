@@ -1,4 +1,5 @@
-"""metrics.jsonl: a line of JSON for each step of a training, {"step": ..., figures}."""
+"""metrics.jsonl: a line of JSON for each step of a training, {"step": ..., figures}; step 0 is what
+there was before."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,7 +18,7 @@ def keep_up_to(path: Path, step: int) -> None:
     what the kill cut short, or a disk damaged."""
     if not path.is_file():
         return
-    lines, last = [], 0
+    lines, last = [], -1
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found = _metrics(line, path)["step"]
@@ -33,7 +34,7 @@ def _metrics(line: str, where: str | Path) -> dict:
     """{"step": ..., figures} of a line. Raises `InputError`."""
     fields = parse_json(line, where)
     step = fields.get("step")
-    require(type(step) is int and 0 < step < 2 ** 53, f"{where}: its step is {step!r:.40}")
+    require(type(step) is int and 0 <= step < 2 ** 53, f"{where}: its step is {step!r:.40}")
     for name, value in fields.items():
         require(type(value) in (int, float) and abs(value) < 1e300,
                 f"{where}: {name} is {value!r:.40}, which is no number of a training")

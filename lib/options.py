@@ -10,8 +10,8 @@ from lib.checks import check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
                      whole, written)
 from lib.data import check_source, data_file
+from lib.memories import USUAL, memory_class
 from lib.outputs import input_stream, output_folder, tensors_file
-from lib.stats import plot_file
 
 
 rate = number(0, 100, open_low=True)  # of learning
@@ -83,19 +83,9 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse options of train.py that do not go together."""
+    memory_class(args.memory)
     require(args.data is not None or not args.ckpt.startswith("random:"),
             f"{args.ckpt} names no tasks: pass --data FILE, whose bytes will be its tokens")
-
-
-def check_speed(args: argparse.Namespace) -> None:
-    """Fill in what bench.py speed was not told, and refuse lengths that do not go together."""
-    sure = None if args.ckpt.startswith("random:") else 0.9
-    for name, usual, quick in (("lengths", [128, 256], [256]), ("train", None, 256),
-                               ("warmup", 2, 0), ("repeat", 5, 3), ("threshold", sure, None)):
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else usual)
-    require(args.block <= min(args.lengths) and args.gen % args.block == 0,
-            f"a --block of {args.block} has to fit into every length and to divide --gen")
 
 
 def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Parser:
@@ -148,6 +138,9 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     add_model_options(p)
     add_data_options(p)
     shape = p.add_argument_group("memory")
+    shape.add_argument("--memory", default=USUAL, metavar="MODULE:CLASS", help="another class than "
+                       "MetaState, with its three methods (docs/memories.md)")
+    shape.add_argument("--init", type=tensors_file, metavar="FILE", help="start from this memory")
     shape.add_argument("--slots", type=size, help="M (default: 64 for 8B and 7B, else 24)")
     shape.add_argument("--width", type=size, help="D (default: 1024 for 8B and 7B, else d)")
     shape.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")
@@ -174,49 +167,6 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     return p
 
 
-def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
-    """What bench.py takes; .table says which."""
-    p = Parser(description=doc)
-    tables = p.add_subparsers(required=True, dest="table", metavar="accuracy | speed")
-    a = tables.add_parser("accuracy", help="tasks x step budgets")
-    a.add_argument("--tasks", type=listed(one_of(tasks, "task")), help="comma-separated (default: "
-                   "those that the checkpoint names)")
-    a.add_argument("--budgets", type=listed(count), default=[1, 2, 4, 8], help="tokens per step")
-    a.add_argument("--thresholds", type=listed(number(0, 1, open_low=True), empty=True),
-                   default=[0.9999, 0.999, 0.99, 0.9], help='also by confidence; "" for none')
-    a.add_argument("--memory", type=tensors_file, nargs="*", metavar="FILE", help="memories, one "
-                   "per training seed (default: metastate*.safetensors in the folder of a "
-                   "checkpoint with tasks)")
-    a.add_argument("--reset", type=tensors_file, nargs="*", metavar="FILE", help="memories of "
-                   "train.py --reset (default: reset*.safetensors there)")
-    a.add_argument("--prompts", type=whole(1, 10 ** 5), default=500, help="held-out prompts a task")
-    a.add_argument("--plot", type=plot_file, metavar="FILE", help="accuracy against forwards "
-                   "(matplotlib)")
-    s = tables.add_parser("speed", help="steps, generations and training against the limits")
-    s.checks.append(check_speed)
-    s.add_argument("--quick", action="store_true", help="on a GPU two minutes at most: other "
-                   "defaults, and no generations on a prefix cache")
-    s.add_argument("--lengths", type=listed(count), help="tokens of a sequence, comma-separated "
-                   "(default: 128,256; quick: 256)")
-    s.add_argument("--batches", type=listed(size), default=[1], help="sequences at a time, "
-                   "comma-separated (default: 1)")
-    s.add_argument("--prompt", type=count, default=128, help="tokens to generate from")
-    s.add_argument("--gen", type=count, default=64, help="tokens to generate")
-    s.add_argument("--block", type=count, default=32, help="tokens of a block")
-    s.add_argument("--threshold", type=number(0, 1e3), help="generations by confidence too "
-                   "(default: 0.9; none for random weights, which are never sure)")
-    s.add_argument("--train", type=count, help="also a training update with so many tokens (quick: "
-                   "256)")
-    s.add_argument("--warmup", type=whole(0, 10 ** 4), help="runs before those that count, after "
-                   "the very first (default: 2; quick: 0)")
-    s.add_argument("--repeat", type=size, help="runs that count (default: 5; quick: 3)")
-    for each in (a, s):
-        add_model_options(each, kind=with_text if each is a else str)
-        each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
-        each.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    return p
-
-
 def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable, *code) -> dict:
     """What tells one training from another, known by content: the options that change its outcome,
     the bits of a backbone (with .config and .parameters()), the tokenizer, the data (batch(step,
@@ -225,11 +175,12 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
     same = ("out", "ckpt", "data", "device", "dtype", "steps", "save_every", "eval_every",
             "checkpointing", "compile", "run")
     first = [x for micro in range(args.micros) for x in batch(0, micro) if x is not None]
-    file = getattr(args, "data", None)
+    file, init = getattr(args, "data", None), getattr(args, "init", None)
     sizes = {k: v for k, v in asdict(backbone.config).items() if k != "dtype"}
     return {**{k: v for k, v in vars(args).items() if k not in same},
             "backbone": identity.bits(repr(sizes), backbone.parameters()),
             "dtype": str(next(backbone.parameters()).dtype),
+            "init": init and identity.of_file(init),
             "tokenizer": identity.of_text(tokenizer.core.to_str()),
             "data": [file and identity.of_file(file), identity.bits("", first)],
             "code": identity.of_code(*code)}

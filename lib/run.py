@@ -78,7 +78,8 @@ class Run:
 
     def __init__(self, out: str | Path, parameters: dict[str, nn.Parameter],
                  optimizer: torch.optim.Optimizer, settings: dict, micros: int,
-                 pace: Callable[[float], str] | None = None):
+                 pace: Callable[[float], str] | None = None,
+                 on_save: Callable[[], None] | None = None):
         self.out, self.parameters, self.optimizer = Path(out), parameters, optimizer
         self.settings = json.loads(to_json(settings))
         self.rank, self.world = processes()
@@ -91,8 +92,9 @@ class Run:
         self.owner = first_process_first(self._own)
         self.start, self.planned = self._resume()
         if self.rank == 0:
-            keep_up_to(self.metrics, self.start)
+            keep_up_to(self.metrics, self.start or -1)
         self.began, self.pace, self.shown = time.perf_counter(), pace or (lambda seconds: ""), ""
+        self.on_save = on_save or (lambda: None)
 
     def steps(self, number: int) -> Iterator[int]:
         """The steps that are left of so many, with a progress bar. Ctrl-C ends them after a whole
@@ -162,13 +164,14 @@ class Run:
         self.check_finite(step, measured)
         if self.rank != 0:
             return
+        self.out.mkdir(parents=True, exist_ok=True)
         if measured:
             shown = " ".join(f"{k} {v:.4f}" for k, v in {**figures, **measured}.items())
             seconds = time.perf_counter() - self.began
             say(f"step {step + 1}/{steps}  {seconds:.0f} s  {shown}{self.shown}")
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
-                                 + self.shown)
-        self.out.mkdir(parents=True, exist_ok=True)
+        if figures:
+            self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(figures.items())[:6])
+                                     + self.shown)
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(to_json({"step": step + 1, **figures, **measured}) + "\n")
 
@@ -185,6 +188,7 @@ class Run:
         if self.rank == 0:
             save_tensors(self.state, tensors, {"step": step, "steps": self.planned,
                                                "settings": self.settings})
+            self.on_save()
         self.saved = step
 
     def _own(self):
@@ -192,7 +196,7 @@ class Run:
         if self.rank != 0:
             return None
         owner = own(self.out)
-        check_disk(self.out, 3 * sum(p.nbytes for p in self.parameters.values()))
+        check_disk(self.out, 4 * sum(p.nbytes for p in self.parameters.values()))
         return owner
 
     def _resume(self) -> tuple[int, int | None]:

@@ -1,73 +1,21 @@
-"""Shares with their intervals and a plot of them; timings beside what the machine can do."""
+"""Plots, and timings beside what the machine can do."""
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 
 from lib.cli import InputError, running
 from lib.files import write_atomic
 from lib.outputs import output_file
-from lib.progress import progress, slow
+from lib.progress import slow
 
 
-# ------------------------------------------------------------------ accuracy
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a proportion of n (Wilson's score interval)."""
-    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
-                                                          + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
-class Accuracies:
-    """right[variant] (training seeds, tasks, settings, prompts) of 0 and 1, with means over
-    training seeds and prompts, and 95% intervals by bootstrap over both: a draw picks training
-    seeds and each task's prompts with replacement, the same for every variant (the frozen backbone
-    has one seed). Three seeds are few, so the intervals are rough. That of an accuracy is never
-    narrower than Wilson's for so many prompts: where all are right a bootstrap sees no doubt."""
-
-    def __init__(self, right: dict[str, np.ndarray], draws: int = 2000):
-        self.seeds = {v: r.mean(3) for v, r in right.items()}          # (seeds, tasks, settings)
-        self.means = {v: shares.mean(0) for v, shares in self.seeds.items()}  # (tasks, settings)
-        self.prompts = next(iter(right.values())).shape[3]
-        rng, picks = np.random.default_rng(0), {}  # picks: (of how many, rows) -> shares of each
-        for r in right.values():
-            picks |= {(r.shape[0], 1): [], (r.shape[3], r.shape[1]): []}
-        for _ in progress(range(draws), "bootstrap", bar=False):
-            for (n, rows), drawn in picks.items():
-                drawn.append(rng.multinomial(n, [1 / n] * n, rows) / n)       # (rows, n)
-        picks = {key: np.stack(drawn) for key, drawn in picks.items()}        # (draws, rows, n)
-        self.draws = {v: np.einsum("ds,dtp,stqp->dtq", picks[r.shape[0], 1][:, 0],
-                                   picks[r.shape[3], r.shape[1]], r, optimize=True)
-                      for v, r in right.items()}                              # (draws, tasks, ...)
-
-    def __call__(self, tasks: list[int], settings: list[int], variant: str,
-                 minus: str | None = None) -> tuple[float, float, float]:
-        """(mean, low, high) in percent over the chosen task and setting indices, of a variant or of
-        its lead over another."""
-        def over(means):
-            value = means[variant] - (means[minus] if minus else 0)
-            return 100 * value[..., tasks, :][..., settings].mean((-1, -2))
-        mean, (low, high) = over(self.means), np.percentile(over(self.draws), [2.5, 97.5])
-        if minus is None:
-            least, most = wilson(mean / 100, len(tasks) * len(settings) * self.prompts)
-            low, high = min(low, 100 * least), max(high, 100 * most)
-        return float(mean), float(low), float(high)
-
-    def cell(self, tasks: list[int], setting: int, variant: str) -> dict:
-        """{"accuracy", "low", "high", "seeds": each training seed's accuracy} in percent of a
-        variant, for one setting and the mean of the chosen tasks."""
-        accuracy, low, high = self(tasks, [setting], variant)
-        seeds = 100 * self.seeds[variant][:, tasks, setting].mean(1)
-        return {"accuracy": accuracy, "low": low, "high": high, "seeds": seeds.tolist()}
-
-
+# ------------------------------------------------------------------ plots
 def new_figure(**options):
     """An empty figure of matplotlib, which is optional. Raises `InputError` without it."""
     try:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from bench import solve
+from lib.accuracies import Accuracies
 from lib.cli import Parser, command, count, listed, named, one_of, require, seed, size
 from lib.data import choose_data, move, task_batches
 from lib.files import to_json, write_atomic, write_text
@@ -38,7 +39,7 @@ from lib.options import add_data_options, add_model_options, rate, run_settings,
 from lib.outputs import check_disk, output_folder
 from lib.progress import progress, slow
 from lib.run import local_device, processes
-from lib.stats import Accuracies, Clock
+from lib.stats import Clock
 from lib.tokenizer import needed
 from model import Backbone, Tokenizer, load, save
 from sample import answer

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+from lib.bench_options import bench_parser, check_speed
 from lib.cli import InputError
-from lib.options import bench_parser, check_speed
 from metastate import MetaState
 from model import DREAM_7B, LLADA_8B, Backbone, Cache, load
 from sample import denoise, generate
@@ -122,6 +122,35 @@ def test_the_table_and_its_json(files, capsys):
     for minus in ("frozen", "shuffled"):
         assert [leads[minus][k] for k in ("points", "low", "high")] == pytest.approx([0] * 3)
     assert "reset" in leads and result["forwards_share"] is None  # no column at full length
+
+
+def test_a_variant_of_ones_own_is_paired_with_the_others(files, capsys):
+    """--also NAME=FILES: a column of rows and a lead over it; names that are taken are refused."""
+    argv = ["accuracy", "--tasks", "sums", "--prompts", "3", "--budgets", "8", "--thresholds", "",
+            "--memory", files[1], "--reset"]
+    table, result = result_of(capsys, *argv, "--also", f"mine={files[0]},{files[2]}")
+    seeds = {r["variant"]: len(r["seeds"]) for r in result["rows"] if r["task"] == "mean"}
+    assert seeds == {"frozen": 1, "MetaState": 1, "shuffled": 1, "mine": 2}
+    assert {lead["minus"] for lead in result["leads"]} == {"frozen", "shuffled", "mine"}
+    for also in (f"reset={files[0]}", f"={files[0]}", "mine", "mine="):
+        assert "--also" in refused(capsys, *argv, "--also", also)
+
+
+def test_rows_are_printed_as_they_are_measured(files, capsys, monkeypatch):
+    """Who interrupts a long table keeps the rows that stand."""
+    solved, solve = [], bench.solve
+
+    def until_the_fourth(*args, **options):
+        solved.append(1)
+        if len(solved) == 4:
+            raise InputError("enough")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(bench, "solve", until_the_fourth)
+    assert bench.main(["accuracy", "--tasks", "sums,chain", "--prompts", "2", "--budgets", "8,12",
+                       "--thresholds", "", "--memory", "--reset"]) == 2
+    out = capsys.readouterr().out
+    assert "| sums | frozen |" in out and "| chain |" not in out
 
 
 def test_any_budget_has_its_steps(files, capsys):

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 from lib.cli import InputError
-from lib.options import bench_parser
+from lib.bench_options import bench_parser
 from tasks import TASKS
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

@@ -72,18 +72,20 @@ def test_with_a_cache_the_prompts_masks_are_filled_by_whole_steps(shallow, cache
     assert torch.equal(cached[:, :9], plain[:, :9]) and torch.equal(fresh, plain)
 
 
-def test_a_memorys_response_begins_at_the_first_mask(shallow):
-    """What the memory is told: where the response begins, how long it is, how much is masked."""
+def test_where_a_memorys_response_begins(shallow):
+    """What the memory is told: where the response begins, how long it is, how much is masked. It is
+    the answer, and where there is none all from the first mask on."""
     memory, told = awake(shallow, slots=6), []
     inject = memory.inject
     memory.inject = lambda e, s, t, span: told.append((t.tolist(), *(
         x.flatten().tolist() for x in span))) or inject(e, s, t, span)
-    ids, pad_mask = left_pad(with_holes((9, 4)) + prompts_of([5]), EOS_ID)
-    generate(shallow, ids, pad_mask=pad_mask, memory=memory, gen_length=4, block_length=4, steps=4,
-             order="low_confidence")
+    ids, pad_mask = left_pad(with_holes((9, 4)), EOS_ID)
+    for gen_length in (0, 4):
+        generate(shallow, ids, pad_mask=pad_mask, memory=memory, gen_length=gen_length,
+                 block_length=4, steps=4, order="low_confidence")
     shares, starts, lengths = told[0]
-    assert starts == [2, 5, 9] and lengths == [11, 8, 4]
-    assert shares == pytest.approx([7 / 11, 5 / 8, 1])
+    assert starts == [2, 5] and lengths == [7, 4] and shares == pytest.approx([3 / 7, 1 / 4])
+    assert told[-4] == ([1, 1], [9, 9], [4, 4])
 
 
 def test_guidance_hides_what_was_given_and_not_what_was_filled(shallow, monkeypatch):

@@ -363,8 +363,8 @@ def test_the_memory_is_carried_across_blocks(backbone, monkeypatch):
 
 
 def test_the_clock_is_the_share_of_the_response_still_masked(backbone, monkeypatch):
-    """Over the whole response, not the block; masks in the prompt do not count, also not where
-    guidance masks all of it."""
+    """Over the whole response, not the block; masks in the prompt, which a step before fills, do
+    not count, also not where guidance masks all of it."""
     memory, seen = awake(backbone), []
     inject = memory.inject
     monkeypatch.setattr(memory, "inject",
@@ -373,7 +373,7 @@ def test_the_clock_is_the_share_of_the_response_still_masked(backbone, monkeypat
     prompt[0, 2] = MASK_ID
     generate(backbone, prompt, memory=memory, gen_length=16, block_length=8, steps=8,
              order="low_confidence", cfg_scale=1.0)
-    assert [t.tolist() for t in seen] == [[1 - i / 8] * 2 for i in range(8)]
+    assert [t.tolist() for t in seen] == [[1, 1], *([1 - i / 8] * 2 for i in range(8))]
 
 
 def test_a_memory_runs_where_nothing_is_committed(backbone):

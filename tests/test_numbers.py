@@ -12,7 +12,7 @@ import bench
 import sample
 import train
 from lib.cli import InputError, command, device_of, widest
-from sample import gumbel
+from lib.draws import gumbel
 from studies import footprint, memdlm, picture, pretrain, probe
 
 MANY = str(10 ** 9)
@@ -99,5 +99,5 @@ def test_noise_is_as_wide_as_the_device_has(monkeypatch):
     """MPS has no float64."""
     assert widest(torch.device("cpu")) == torch.float64 == gumbel(torch.zeros(3), None).dtype
     assert widest(torch.device("mps")) == torch.float32
-    monkeypatch.setattr("sample.widest", lambda device: torch.float32)
+    monkeypatch.setattr("lib.draws.widest", lambda device: torch.float32)
     assert gumbel(torch.zeros(3), None).dtype == torch.float32

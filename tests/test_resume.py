@@ -225,7 +225,7 @@ def test_a_state_that_was_never_written_by_now(tmp_path):
 # ------------------------------------------------------------------ metrics
 DAMAGE = [b"\x00" * 50, b"\xff\xfe", b"{", b"[]", b"null", b"3", b'{"step": true, "loss": 1}',
           b'{"step": "2", "loss": 1}', b'{"step": 2.0}', b'{"step": -1, "loss": 1}',
-          b'{"step": 0}', b'{"loss": 1}', b'{"step": 2, "loss": NaN}',
+          b'{"step": null}', b'{"loss": 1}', b'{"step": 2, "loss": NaN}',
            b'{"step": 2, "loss": 1e999}',
           b'{"step": 2, "loss": "x"}', b'{"step": 2, "loss": null}', b"[" * 100_000,
           b'{"step": 3, "loss": ' + b"9" * 5000 + b"}"]

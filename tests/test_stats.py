@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lib.cli import InputError
-from lib.stats import Accuracies, Clock, Pace, Timings, limits, plot, wilson
+from lib.accuracies import Accuracies, wilson
+from lib.stats import Clock, Pace, Timings, limits, plot
 
 
 # ------------------------------------------------------------------ accuracy

@@ -478,7 +478,7 @@ def arguments(ckpt: Path, out: Path, *flags) -> list[str]:
 def unevaluated(monkeypatch) -> None:
     """Runs without the evaluation at their end, which takes longer than their few steps."""
     monkeypatch.setattr(train, "fit", lambda *args, **options: fit(
-        *args, **options | {"evaluate": None}))
+        *args, **options | {"evaluate": None, "baseline": None}))
 
 
 @pytest.fixture
@@ -510,9 +510,10 @@ def asked(monkeypatch) -> list[Call]:
 
     def spy(backbone, memory, ids, answer, K, lam, concentration, generator, *, reveal, **others):
         training = torch.is_grad_enabled()
-        calls.append(Call(sum(c.training == training for c in calls), training, K, lam,
-                          concentration, type(memory).__name__, reveal, backbone.checkpointing,
-                          [tuple(row) for row in ids.tolist()]))
+        if memory is not None:  # the frozen backbone's are not training's
+            calls.append(Call(sum(c.training == training for c in calls), training, K, lam,
+                              concentration, type(memory).__name__, reveal, backbone.checkpointing,
+                              [tuple(row) for row in ids.tolist()]))
         return unrolled_loss(backbone, memory, ids, answer, K, lam, concentration, generator,
                              reveal=reveal, **others)
 
@@ -532,7 +533,8 @@ def test_training_from_end_to_end(run, small_ckpt, data, tmp_path):
     sample = generate(backbone, prompt, memory=memory, gen_length=8, block_length=8, steps=4)
     assert not (sample.ids == backbone.config.mask_id).any()
     lines = metrics_of(tmp_path / "out")
-    assert [line["step"] for line in lines] == [1, 2, 3] and "held_out" in lines[-1]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "held_out" in lines[-1]
+    assert lines[0].keys() == {"step", "held_out"}
     assert {"loss", "dense_1", "dense_2", "grad_norm"} <= lines[0].keys()
 
 
@@ -595,6 +597,29 @@ def test_figures_are_of_trajectories_of_the_first_k(run, unevaluated, tmp_path):
     run("--K", "2,4", "--steps", 4)
     names = {name for line in metrics_of(tmp_path / "out") for name in line}
     assert {"dense_1", "dense_2"} <= names and "dense_3" not in names
+
+
+def test_the_frozen_backbone_is_measured_before_the_first_step(run, small_ckpt, tmp_path, capsys):
+    """On the examples of every later evaluation: what an untrained memory has, for it changes
+    nothing. A run that goes on does not measure it again, and the first lines say what is what."""
+    code, out, _ = run("--steps", 1, "--lr", "1e-12")
+    before, after = metrics_of(tmp_path / "out")
+    assert (before["step"], after["step"]) == (0, 1)
+    assert before["held_out"] == pytest.approx(after["held_out"], rel=1e-6)
+    assert f"step 0/1  0 s  held_out {before['held_out']:.4f}" in out and train.LEGEND in out
+    run("--steps", 2, "--lr", "1e-12")
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [0, 1, 2]
+
+
+def test_an_unfinished_runs_memory_can_be_used(run, small_ckpt, tmp_path, monkeypatch):
+    """It is written with every checkpoint."""
+    monkeypatch.setattr("lib.run.Run.check_finite", lambda self, step, figures: 1 / (step != 2))
+    with pytest.raises(ZeroDivisionError):
+        run("--steps", 3, "--save-every", 1)
+    assert saved_step(tmp_path / "out") == 2
+    memory = MetaState.load(tmp_path / "out" / MEMORY, load(small_ckpt, "cpu")[0])
+    state = load_file(tmp_path / "out" / STATE)
+    assert all(torch.equal(x, state[f"weight.{name}"]) for name, x in memory.named_parameters())
 
 
 @pytest.mark.parametrize("name, reveal", [("random", at_random), ("surest", surest)])

@@ -1,0 +1,82 @@
+"""Memories of any class: found by its name, made for a backbone, kept in a file that names it."""
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from lib import identity
+from lib.cli import InputError, require
+from lib.files import read_tensors, save_tensors
+from lib.tensors import rebuilt
+from lib.terminal import note
+
+FORMAT = 1  # of memory files; those that do not state it are of this format too
+USUAL = "metastate:MetaState"
+
+
+def memory_class(name: str) -> type[nn.Module]:
+    """The class that "MODULE:CLASS" names; the module may lie in the current folder. Raises
+    `InputError` for what is not there, or is no `nn.Module` with a memory's three methods."""
+    require(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None,
+            f"{name!r} is no MODULE:CLASS")
+    module, _, kind = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise InputError(f"there is no memory {name} ({error}): is its folder the current one, or "
+                         "in PYTHONPATH?") from error
+    require(isinstance(found, type) and issubclass(found, nn.Module) and all(
+        callable(getattr(found, method, None)) for method in ("initial", "inject", "update")),
+        f"{name} is no torch.nn.Module with initial, inject and update")
+    return found
+
+
+def new_memory(name: str, backbone, seed: int, **options) -> nn.Module:
+    """An untrained memory of a class for a backbone: CLASS.for_backbone(backbone, **options), or
+    where it has none CLASS(backbone.config). The seed decides its weights. Raises `InputError`."""
+    kind, generator = memory_class(name), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # what torch's own layers draw from at first
+        torch.manual_seed(seed)
+        made = kind.for_backbone(backbone, generator=generator, **options) if hasattr(
+            kind, "for_backbone") else kind(backbone.config)
+    require(any(p.requires_grad for p in made.parameters()), f"{name} has nothing to train")
+    return made
+
+
+def save_memory(path: str | Path, memory: nn.Module, fingerprint: str) -> None:
+    """Write weights, sizes, the class by name and syntax, and the fingerprint of the backbone that
+    it is for, as one safetensors file."""
+    kind = type(memory)
+    save_tensors(path, memory.state_dict(), {
+        "format": FORMAT, "class": f"{kind.__module__}:{kind.__qualname__}",
+        "code": identity.of_modules(memory), "sizes": getattr(memory, "sizes", {}),
+        "backbone": fingerprint})
+
+
+def load_memory(path: str | Path, backbone) -> nn.Module:
+    """A frozen memory in eval mode on the backbone's device, of the class that its file names.
+    Raises `InputError` when the file is missing or broken, of another format, or belongs to another
+    backbone; a note says when its class has been changed since."""
+    try:
+        tensors, stated = read_tensors(path)
+        require(stated.get("format", FORMAT) == FORMAT, f"format {stated.get('format')!r}")
+        name, sizes = stated.get("class", USUAL), stated["sizes"]
+        kind = memory_class(name)
+        memory = rebuilt(kind, sizes, tensors, fingerprint=stated["backbone"]) if hasattr(
+            kind, "for_backbone") else rebuilt(lambda: kind(backbone.config), {}, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is not a MetaState memory ({error})") from error
+    require(stated["backbone"] == backbone.fingerprint(),
+            f"{path} was trained for another backbone")
+    if stated.get("code") not in (None, identity.of_modules(memory)):
+        note(f"{path} was made by other code of {name} than there is now, and may not do what it "
+             "did")
+    return memory.to(backbone.embedding.weight.device).eval().requires_grad_(False)

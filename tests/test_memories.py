@@ -1,0 +1,156 @@
+"""Memories of other classes than MetaState: found by name, kept in files that name them."""
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import MEMORY, awake
+
+import train
+from lib.cli import InputError
+from lib.files import read_tensors
+from lib.memories import load_memory, memory_class, new_memory, save_memory
+from metastate import MetaState
+
+GATELESS = '''
+import torch
+import torch.nn as nn
+
+from metastate import AdaptiveNorm, MetaState
+
+
+class Updater(nn.Module):
+    """s' = s + W norm(c; t): no gates."""
+
+    def __init__(self, width, cond):
+        super().__init__()
+        self.norm, self.write = AdaptiveNorm(width, cond), nn.Linear(width, width)
+
+    def forward(self, s, c, cond):
+        return s + self.write(self.norm(c, cond)).float()
+
+
+class Mine(MetaState):
+    def __init__(self, dim, slots, width, *args, **options):
+        super().__init__(dim, slots, width, *args, **options)
+        self.updater = Updater(width, self.sizes["cond"])
+'''
+PLAIN = '''
+import torch
+import torch.nn as nn
+
+
+class Bias(nn.Module):
+    """No state: a vector that is added everywhere."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.add = nn.Parameter(torch.randn(config.dim))
+
+    def initial(self, batch):
+        return torch.zeros(batch, 1, 1)
+
+    def inject(self, e, s, t, span):
+        return e + self.add
+
+    def update(self, s, h, t, span, pad_mask=None):
+        return s + 1
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """write(text) -> the name of a module with that text in the current folder, forgotten after."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    written = []
+
+    def write(text: str, name: str = "my_memory") -> str:
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        written.append(name)
+        return name
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("text, kind", [(GATELESS, "Mine"), (PLAIN, "Bias")])
+def test_a_memory_of_ones_own_is_kept_and_found(module, shallow, tmp_path, text, kind):
+    """What is loaded is of that class, does what was saved did, and trains."""
+    name = f"{module(text)}:{kind}"
+    memory = new_memory(name, shallow, 3)
+    assert type(memory).__name__ == kind
+    save_memory(tmp_path / "m.safetensors", memory, shallow.fingerprint())
+    found = load_memory(tmp_path / "m.safetensors", shallow)
+    assert type(found) is type(memory) and not any(p.requires_grad for p in found.parameters())
+    for one, other in zip(memory.state_dict().values(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    again = new_memory(name, shallow, 3).state_dict()
+    assert all(torch.equal(x, again[key]) for key, x in memory.state_dict().items())
+
+
+def test_the_seed_of_fresh_weights_leaves_torchs_own_alone(module, shallow):
+    before = torch.random.get_rng_state()
+    first, other = (new_memory(f"{module(PLAIN)}:Bias", shallow, seed).add for seed in (0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("change, warns", [
+    (("self.write(self.norm(c, cond))", "self.write(self.norm(c, cond)).tanh()"), True),
+    (("no gates", "none at all"), False), (("# ", "#"), False)])
+def test_weights_of_other_code_are_named(module, shallow, tmp_path, capsys, change, warns):
+    """A changed class is said, in one line; docstrings and comments may change."""
+    name = module("# a memory\n" + GATELESS)
+    save_memory(tmp_path / "m.safetensors", new_memory(f"{name}:Mine", shallow, 0),
+                shallow.fingerprint())
+    module(("# a memory\n" + GATELESS).replace(*change))
+    load_memory(tmp_path / "m.safetensors", shallow)
+    said = capsys.readouterr().err
+    assert ("other code of my_memory:Mine" in said) == warns and said.count("\n") == warns
+
+
+def test_a_changed_part_is_a_changed_memory(shallow, tmp_path, capsys, monkeypatch):
+    """The Updater is a class of its own: the file knows it."""
+    memory = awake(shallow, slots=4)
+    memory.save(tmp_path / "m.safetensors")
+    MetaState.load(tmp_path / "m.safetensors", shallow)
+    assert capsys.readouterr().err == ""
+    stated = read_tensors(tmp_path / "m.safetensors")[1]
+    assert stated["class"] == "metastate:MetaState"
+    monkeypatch.setattr("lib.identity._source", lambda kind, whole=True: "x = 1" if
+                        kind.__name__ == "Updater" else f"class {kind.__name__}: pass")
+    MetaState.load(tmp_path / "m.safetensors", shallow)
+    assert "other code of metastate:MetaState" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, words", [
+    ("my_memory", "no MODULE:CLASS"), ("nowhere:Mine", "no memory nowhere:Mine"),
+    ("my_memory:Other", "no memory my_memory:Other"), ("torch.nn:Linear", "initial, inject"),
+    ("../my_memory:Mine", "no MODULE:CLASS"), ("os:getcwd", "initial, inject")])
+def test_what_is_no_memory_is_refused(module, name, words):
+    module(GATELESS)
+    with pytest.raises(InputError, match=words):
+        memory_class(name)
+
+
+def test_a_memory_without_weights_is_refused(module, shallow):
+    empty = PLAIN.replace("nn.Parameter(torch.randn(config.dim))", "0")
+    with pytest.raises(InputError, match="nothing to train"):
+        new_memory(f"{module(empty)}:Bias", shallow, 0)
+
+
+def test_an_own_memory_is_trained_by_the_command(module, tmp_path, small_ckpt, capsys):
+    """train.py --memory; the file is found by what loads memories, and goes on by --init."""
+    argv = ["--ckpt", str(small_ckpt), "--memory", f"{module(GATELESS)}:Mine", "--steps", "2",
+            "--batch-size", "2", "--micros", "1", "--K", "2", "--no-compile"]
+    assert train.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    stated = read_tensors(tmp_path / "one" / MEMORY)[1]
+    assert stated["class"] == "my_memory:Mine"
+    assert train.main([*argv, "--out", str(tmp_path / "two"), "--init",
+                       str(tmp_path / "one" / MEMORY)]) == 0
+    one, two = (read_tensors(tmp_path / run / MEMORY)[0] for run in ("one", "two"))
+    assert one.keys() == two.keys() and any(not torch.equal(one[k], two[k]) for k in one)
