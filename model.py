@@ -301,7 +301,7 @@ def load(ckpt: str | Path, device: str | torch.device | None = None,
     ckpt: a nickname of `lib.hub.CHECKPOINTS`, a folder, a hub id, or "random:" and one of these:
     the shapes of its config.json with random weights and no tokenizer, for benchmarks.
     device: CUDA where there is one, else the CPU. dtype: a torch dtype or its name; by default
-    bfloat16 on CUDA and as stored on the CPU. Raises `InputError`."""
+    bfloat16 on CUDA (float16 on cards without) and as stored elsewhere. Raises `InputError`."""
     device = device_of(device)
     dtype, name, tokenizer = dtype_of(dtype, device), str(ckpt), None
     if name.startswith("random:"):

@@ -64,8 +64,8 @@ def denoise(backbone: Backbone, ids: torch.Tensor, where: torch.Tensor, *,
     position = torch.arange(ids.shape[1], device=device)
     here = first if isinstance(first, torch.Tensor) else position[first:last]     # (S,)
     e = backbone.embed(ids[:, here])                                  # (B, S, d)
-    # the memory's float32 weights multiply in bfloat16 where the backbone does
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=e.dtype == torch.bfloat16)
+    # the memory's float32 weights multiply in 16 bits where the backbone does
+    autocast = torch.autocast(device.type, e.dtype, enabled=e.dtype.itemsize == 2)
     if memory is not None:
         start, length = (torch.as_tensor(v, device=device).view(-1, 1).expand(len(ids), 1)
                          for v in span)                               # (B, 1) each
@@ -225,7 +225,8 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
                 stop_at_eos and start is not None and settled(answer, c)):
             answer.masked_fill_(answer == c.mask_id, c.eos_id)
             break  # out of all blocks
-    require(bool(step.finite), "the model's logits are not finite: there is no answer")
+    require(bool(step.finite), "the model's logits are not finite in "
+            f"{backbone.embedding.weight.dtype}: there is no answer")
     return sample._replace(seconds=time.perf_counter() - started)
 
 

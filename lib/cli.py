@@ -18,7 +18,7 @@ import torch
 from lib.interrupts import CODE, CaughtByMain
 from lib.terminal import complain, note, streams
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class InputError(ValueError):
@@ -157,11 +157,15 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def dtype_of(name: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """A torch dtype or its name; where nothing is said bfloat16 on CUDA, elsewhere None."""
+    """A torch dtype or its name; where nothing is said bfloat16 on CUDA, or float16 where a card
+    has none (before 2020), elsewhere None."""
     dtype = DTYPES.get(name, name)
     require(dtype is None or dtype in DTYPES.values(),
             f"unknown dtype {str(dtype)!r}: pass one of {', '.join(DTYPES)}")
-    return torch.bfloat16 if dtype is None and device.type == "cuda" else dtype
+    if dtype is not None or device.type != "cuda":
+        return dtype
+    short = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if short else torch.float16
 
 
 def compile_on(device: torch.device, wanted: bool | None, *modules) -> None:

@@ -33,7 +33,7 @@ def add_model_options(parser, ckpt: str | None = "tiny", compiled: bool = True,
     parser.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where there "
                         "is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the backbone (default: bfloat16 on "
-                        "CUDA, else as stored)")
+                        "CUDA, float16 where it has none, else as stored)")
     if compiled:
         parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch."
                             "compile: some seconds at first, faster then (default: on CUDA)")

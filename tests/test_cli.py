@@ -17,7 +17,7 @@ from conftest import DATA, ROOT
 import bench
 import sample
 import train
-from lib.cli import (InputError, Parser, command, count, listed, number, one_of, require,
+from lib.cli import (InputError, Parser, command, count, dtype_of, listed, number, one_of, require,
                      seed)
 from model import load
 from studies import footprint, memdlm, picture, probe
@@ -173,6 +173,15 @@ def test_arguments_that_make_no_sense(cli_fails, text_ckpt, argv, words, monkeyp
 
 
 # ------------------------------------------------------------------ devices
+def test_dtypes_where_nothing_is_said(monkeypatch):
+    """bfloat16 on CUDA, float16 on cards that have none, as stored elsewhere."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+        assert dtype_of(None, cuda) == dtype and dtype_of(None, cpu) is None
+        assert dtype_of("float32", cuda) == torch.float32
+
+
 @pytest.mark.parametrize("options", [dict(dtype="float64"), dict(dtype="bf16"), dict(device="gpu"),
                                      dict(dtype=torch.int64), dict(device="cuda:99")], ids=str)
 def test_unknown_device_or_dtype(options):
