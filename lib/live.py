@@ -17,7 +17,7 @@ from lib.cli import require
 from lib.data import left_pad
 from lib.files import to_json
 from lib.progress import progress, slow
-from lib.prompts import Prompt, prompt_ids, read_prompts
+from lib.prompts import Prompt, fillable_ids, read_prompts
 from lib.terminal import complain, printable
 from lib.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ class LiveView:
 
 
 def count_tokens(answer: torch.Tensor, mask_id: int, eos_id: int) -> int:
-    """Generated tokens of a (B, G) answer: neither EOS nor mask."""
+    """Generated tokens of answers of any shape: neither EOS nor mask."""
     return int(((answer != eos_id) & (answer != mask_id)).sum())
 
 
@@ -120,10 +120,22 @@ def figures(answer: torch.Tensor, mask_id: int, eos_id: int, forwards: int, seco
 
 
 def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int, eos_id: int) -> str:
-    """Text of one generated answer (1-d ids) up to its first EOS, special tokens left out."""
+    """Text of one generated answer, ids (G,), up to its first EOS, special tokens left out."""
     ids = ids.tolist()
     ids = ids[:ids.index(eos_id)] if eos_id in ids else ids
     return tokenizer.decode([i for i in ids if i != mask_id], skip_special=True)
+
+
+def written(prompt: list[int], ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int,
+            eos_id: int) -> tuple[str, torch.Tensor]:
+    """(text, ids) that a generation wrote into a row of ids (P + G) behind or into its prompt of P
+    ids. The text is the answer; where the prompt had masks, the prompt with these filled, and the
+    answer."""
+    open_ = torch.tensor([i == mask_id for i in prompt] + [True] * (len(ids) - len(prompt)))
+    text = answer_text(ids[len(prompt):], tokenizer, mask_id, eos_id)
+    if mask_id in prompt:
+        text = tokenizer.decode(ids[:len(prompt)].tolist(), skip_special=True) + text
+    return text, ids[open_.to(ids.device)]
 
 
 # ------------------------------------------------------------------ answers
@@ -138,7 +150,8 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         room = special.max_len - gen_length
         require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "
                 f"{special.max_len} positions")
-        prompts = read_prompts(args.prompts, tokenizer, args.raw, room, special.mask_id)
+        prompts = read_prompts(args.prompts, tokenizer, args.raw or gen_length == 0, room,
+                               special.mask_id, fill=True, fill_only=gen_length == 0)
         return answer_file(*variants.values(), prompts, tokenizer, special, args.batch_size,
                            device)
     prompt, check = args.prompt, None
@@ -148,7 +161,8 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
                 f"{', '.join(tasks)}: pass --prompt or --task")
         prompt, _ = draw(tasks[task], random.Random(args.seed), True)
         check = functools.partial(tasks[task].check, prompt)
-    ids = torch.tensor([prompt_ids(prompt, tokenizer, args.raw, special.mask_id)], device=device)
+    raw = args.raw or gen_length == 0  # what is filled is a text, not a question
+    ids = torch.tensor([fillable_ids(prompt, tokenizer, raw, special.mask_id)], device=device)
     if check and not args.quiet:
         print(prompt, flush=True)
     delay = args.delay if args.delay is not None else 0.08 if check else 0.0
@@ -166,7 +180,8 @@ def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, qui
     """Answer a prompt of ids (1, P) by `decode(ids, on_step=...)`, live, or `quiet`, which prints
     the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame."""
     mask_id, eos_id = special.mask_id, special.eos_id
-    view = None if quiet else LiveView(tokenizer, mask_id, eos_id, ids.shape[1], sys.stdout, delay)
+    start = 0 if (ids == mask_id).any() else ids.shape[1]
+    view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay)
     forwards = 0
 
     def on_step(step) -> None:
@@ -179,13 +194,12 @@ def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, qui
 
     with slow("answering", lambda: f", {forwards} forwards") as waiting:
         sample = decode(ids, on_step=on_step)
-    answer = sample.ids[:, ids.shape[1]:]
-    text = answer_text(answer[0], tokenizer, mask_id, eos_id)
+    text, new = written(ids[0].tolist(), sample.ids[0], tokenizer, mask_id, eos_id)
     if view is not None:
         view.end()
     print(text)
     if view is not None:
-        print(figures(answer, mask_id, eos_id, sample.forwards, sample.seconds - view.rested))
+        print(figures(new, mask_id, eos_id, sample.forwards, sample.seconds - view.rested))
     return text
 
 
@@ -205,11 +219,13 @@ def answer_file(decode: Callable, prompts: list[Prompt], tokenizer: Tokenizer, s
     for batch in progress(batches, "batches of prompts", bar=not sys.stdout.isatty()):
         ids, pad = left_pad(batch, special.pad_id, device)
         sample = decode(ids, pad_mask=pad)
-        for answer in sample.ids[:, ids.shape[1]:]:
+        for prompt, row in zip(batch, sample.ids):
             refuse()
+            text, new = written(prompt, row[ids.shape[1] - len(prompt):], tokenizer, mask_id,
+                                eos_id)
             print(to_json(waiting.popleft().answered({
-                "text": answer_text(answer, tokenizer, mask_id, eos_id),
-                "tokens": count_tokens(answer, mask_id, eos_id), "forwards": sample.forwards,
+                "text": text, "tokens": count_tokens(new, mask_id, eos_id),
+                "forwards": sample.forwards,
                 "seconds": round(sample.seconds, 4), "batch": len(batch)})), flush=True)
     refuse()
     if bad := len(prompts) - len(good):

@@ -12,6 +12,7 @@ from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, requi
 from lib.data import check_source, data_file
 from lib.memories import USUAL, memory_class
 from lib.outputs import input_stream, output_folder, tensors_file
+from lib.prompts import masks_in
 
 
 rate = number(0, 100, open_low=True)  # of learning
@@ -42,8 +43,8 @@ def add_model_options(parser, ckpt: str | None = "tiny", compiled: bool = True,
 def add_decoding_options(parser, orders: Iterable[str]) -> None:
     """How `generate` decodes; see its docstring."""
     how = parser.add_argument_group("how to decode")
-    how.add_argument("--gen-length", type=count, help="positions to write (default: the "
-                     "checkpoint's max_new_tokens, else 128)")
+    how.add_argument("--gen-length", type=whole(0), help="positions to write (default: 0 for a "
+                     "--prompt with masks, else the checkpoint's max_new_tokens, else 128)")
     how.add_argument("--block-length", type=count, help="default: 32, or all if 32 divides not")
     how.add_argument("--steps", type=count, help="denoising steps (default: one token per step)")
     how.add_argument("--order", choices=list(orders), help="default: the family's")
@@ -64,10 +65,11 @@ def add_decoding_options(parser, orders: Iterable[str]) -> None:
 def decoding(args: argparse.Namespace, length: int) -> dict:
     """The options of `generate` that the command line gives, for a checkpoint that states the
     length of its answers."""
-    length = args.gen_length or length
+    holes = masks_in(args.prompt or "")  # filled in place of an answer, unless both are asked for
+    length = args.gen_length if args.gen_length is not None else 0 if holes else length
     options = {**{name: getattr(args, name) for name in (
         "order", "threshold", "cache", "refresh", "temperature", "top_p", "top_k", "alg_temp",
-        "cfg_scale")}, "gen_length": length, "steps": args.steps or length,
+        "cfg_scale")}, "gen_length": length, "steps": args.steps or length or holes or 128,
         "block_length": args.block_length or (length if length % 32 else 32),
         "stop_at_eos": not args.no_early_stop}
     check_blocks(length, options["block_length"], options["steps"])
@@ -95,7 +97,7 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     what = p.add_argument_group("what to answer (by default a task that the checkpoint names)")
     what = what.add_mutually_exclusive_group()
     what.add_argument("--prompt", type=written, help="a text; a user's message where the model has "
-                      "a chat format")
+                      "a chat format; <mask> and <mask:3> in it are filled")
     what.add_argument("--prompts", type=input_stream, metavar="FILE", help="one prompt a line, "
                       "text or JSON with `prompt` or `messages`; prints one JSON result a line")
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")

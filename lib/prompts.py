@@ -12,6 +12,9 @@ from lib.progress import progress
 from lib.tokenizer import Tokenizer
 
 
+MASKS = re.compile(r"<mask(?::([1-9]\d{0,3}))?>")  # <mask> is one position to fill, <mask:3> three
+
+
 class Prompt(NamedTuple):
     """A line of a file of prompts, or why it cannot be answered."""
 
@@ -39,10 +42,12 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str, tokenizer: Tokenizer, raw: bool, room: int,
-                 mask_id: int | None = None) -> list[Prompt]:
+                 mask_id: int | None = None, fill: bool = False,
+                 fill_only: bool = False) -> list[Prompt]:
     """The prompts of a file, one a line: a text, or a JSON object with `prompt` or `messages`. One
-    that is neither, or of more than `room` tokens, or that holds the mask token, has an error.
-    Raises `InputError` for a file that cannot be read or holds none."""
+    that is neither, or of more than `room` tokens, or that holds the mask token, has an error; with
+    `fill` its masks are to be filled, and with `fill_only` one without has an error. Raises
+    `InputError` for a file that cannot be read or holds none."""
     found = []
     lines = read_lines(path, "surrogateescape")
     for where, line in progress(lines, f"prompts of {path}", bar=False):
@@ -50,7 +55,9 @@ def read_prompts(path: str, tokenizer: Tokenizer, raw: bool, room: int,
             with at(where):
                 fields = fields_of(line)
                 prompt = Prompt(fields, []).prompt
-                ids = prompt_ids(prompt, tokenizer, raw, mask_id)
+                ids = fillable_ids(prompt, tokenizer, raw, mask_id) if fill else \
+                    prompt_ids(prompt, tokenizer, raw, mask_id)
+                require(not fill_only or mask_id in ids, "no mask to fill, and --gen-length is 0")
                 require(len(ids) <= room, f"{len(ids)} tokens, and only {room} leave room for the "
                         "answer")
             found.append(Prompt({"prompt": prompt, **fields}, ids))
@@ -68,6 +75,30 @@ def prompt_ids(prompt: str | list[dict], tokenizer: Tokenizer, raw: bool,
     require(bool(ids), "the prompt is empty")
     no_mask(ids, tokenizer, mask_id, "the prompt")
     return ids
+
+
+def fillable_ids(prompt: str | list[dict], tokenizer: Tokenizer, raw: bool,
+                 mask_id: int) -> list[int]:
+    """Ids of a text or of messages in which <mask> and <mask:3> are that many of the model's mask
+    tokens. A blank in front belongs to the first of them where words are tokens that begin with
+    one. Raises `InputError` for what is empty."""
+    token = tokenizer.core.id_to_token(mask_id)
+    pattern = (" ?" if len(tokenizer.encode(" a")) == 1 else "") + MASKS.pattern
+
+    def masked(text):
+        return re.sub(pattern, lambda found: token * int(found[1] or 1), text) \
+            if token is not None and isinstance(text, str) else text
+
+    if isinstance(prompt, str):
+        return prompt_ids(masked(prompt), tokenizer, raw, None)
+    return prompt_ids([{**message, "content": masked(message.get("content"))} if
+                       isinstance(message, dict) else message for message in prompt],
+                      tokenizer, raw, None)
+
+
+def masks_in(text: str) -> int:
+    """How many positions a text asks to be filled."""
+    return sum(int(found[1] or 1) for found in MASKS.finditer(text))
 
 
 def no_mask(ids: list[int], tokenizer: Tokenizer, mask_id: int | None, what: str) -> None:

@@ -1,14 +1,20 @@
 """Masks in the prompt, the hooks that others build on, and noise that belongs to a row."""
 from __future__ import annotations
 
+import json
+import re
+import types
+
 import pytest
 import torch
 from conftest import DATA, EOS_ID, MASK_ID, G, P, awake, one_prompt, prompts_of, seeded
 from safetensors.torch import load_file
 from test_sample import eos_liking, llada_loop  # noqa: F401  eos_liking is a fixture
 
+import sample
 from lib.cli import InputError
 from lib.data import left_pad
+from lib.prompts import fillable_ids
 from model import load
 from sample import generate, propose
 
@@ -107,6 +113,65 @@ def test_nothing_to_write_is_refused(shallow):
     for length, words in ((0, "no mask"), (-8, "multiple")):
         with pytest.raises(InputError, match=words):
             generate(shallow, one_prompt(), gen_length=length, block_length=4, steps=4)
+
+
+# ------------------------------------------------------------------ on the command line
+def test_masks_as_they_are_written(text_ckpt):
+    """<mask> and <mask:3>, in a text and in messages, or the tokenizer's own; a blank in front is
+    swallowed where a word's token begins with one, which tiny's bytes do not."""
+    tokenizer = load(text_ckpt, "cpu")[1]
+    mask = tokenizer.vocab["<|mask|>"]
+    ids = fillable_ids("a<mask>b<mask:3><|mask|><mask:0>", tokenizer, True, mask)
+    assert [i == mask for i in ids[:8]] == [False, True, False, *[True] * 4, False]
+    assert tokenizer.decode(ids[7:]) == "<mask:0>"  # is none
+    plain, tiny = Words(), load("tiny", "cpu")[1]
+    assert fillable_ids("A <mask> sat  <mask:2>.", plain, True, 9) == \
+        plain.encode("A[M] sat [M][M].")
+    mask = tiny.vocab["<|mdm_mask|>"]
+    assert fillable_ids("1 <mask> 3", tiny, True, mask) == [
+        *tiny.encode("1 "), mask, *tiny.encode(" 3")]
+    said = fillable_ids([{"role": "user", "content": "1<mask>"}], tiny, False, mask)
+    assert said == [*tiny.encode("1"), mask]
+
+
+class Words:
+    """A tokenizer whose words begin with their blank."""
+
+    core, is_chat = types.SimpleNamespace(id_to_token=lambda i: "[M]"), False
+
+    def encode(self, text: str) -> list[str]:
+        return re.findall(r"\[M\]| ?\w+|\W", text)
+
+    def prompt(self, text: str, raw: bool) -> list[str]:
+        return self.encode(text)
+
+
+def test_a_prompt_with_masks_is_filled_and_shown_whole(capsys):
+    """No answer behind it, unless one is asked for."""
+    text = "sums\n1 2 3 4 5 6 7 8 9 1 2 3\n1 <mask> 6 0 5 1 8 6<mask:2> 6 8 1"
+    assert sample.main(["--prompt", text, "--device", "cpu"]) == 0
+    *steps, question, numbers, answer, said = capsys.readouterr().out.splitlines()
+    assert len(steps) == 3 and question == "sums" and said.startswith("3 tokens  3 forwards")
+    assert answer == "1 3 6 0 5 1 8 6 5 6 8 1"
+    assert sample.main(["--prompt", text, "--device", "cpu", "--gen-length", "24", "--quiet",
+                        "--no-early-stop"]) == 0
+    assert capsys.readouterr().out.startswith("sums\n1 2 3 4 5 6 7 8 9 1 2 3\n1 ")
+
+
+def test_a_file_of_gaps(tmp_path, capsys):
+    """Each line's own masks, in one batch; one without has an error, for nothing is to be
+    written."""
+    file = tmp_path / "gaps.txt"
+    totals = "sums\n1 2 3 4 5 6 7 8 9 1 2 3\n1 3 6 0 5 1 8 6 5 6 8 1"
+    file.write_text("\n".join(json.dumps({"id": i, "prompt": text}) for i, text in enumerate((
+        totals.replace("1 3 6", "1 <mask> 6"), totals,
+        totals.replace("8 6 5 6", "8<mask:2> 5 <mask>")))))
+    assert sample.main(["--prompts", str(file), "--gen-length", "0", "--batch-size", "2",
+                        "--device", "cpu"]) == 1
+    first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["text"], first["tokens"], first["id"]) == (totals, 1, 0)
+    assert (third["text"], third["tokens"], third["id"]) == (totals, 3, 2)
+    assert second.keys() == {"id", "error"} and "no mask" in second["error"]
 
 
 # ------------------------------------------------------------------ hooks
