@@ -28,6 +28,7 @@ from lib.hub import stated
 from lib.live import answer_prompts
 from lib.options import decoding, sampling_parser
 from lib.tokenizer import needed
+from lib.watch import Watched
 from metastate import MetaState
 from model import Backbone, Cache, Config, load
 from tasks import TASKS, draw
@@ -351,8 +352,11 @@ def answer(args, decode: Callable[..., Sample] = generate) -> int:
     options = decoding(args, length)
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     memory = MetaState.load(args.memory, backbone) if args.memory else None
-    device = backbone.embedding.weight.device
+    device, watched = backbone.embedding.weight.device, None
     compile_on(device, args.compile, backbone, memory)
+    if args.show_memory:
+        memory = watched = Watched(memory)
+        options["adjust"] = watched.adjust
 
     def by(used: MetaState | None) -> Callable[..., Sample]:
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -361,7 +365,8 @@ def answer(args, decode: Callable[..., Sample] = generate) -> int:
     variants = {"without memory": None, "with memory": memory} if args.compare else {"": memory}
     return answer_prompts(args, {name: by(used) for name, used in variants.items()},
                           needed(tokenizer, args.ckpt), backbone.config, device,
-                          options["gen_length"], TASKS, args.task or next(iter(tasks), None), draw)
+                          options["gen_length"], TASKS, args.task or next(iter(tasks), None), draw,
+                          watched)
 
 
 @command

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.cli import command, compile_on, require
 from lib.data import choose_data, move
 from lib.memories import new_memory, save_memory
-from lib.options import run_settings, training_parser
+from lib.options import LEGEND, run_settings, training_defaults, training_parser
 from lib.progress import slow
 from lib.run import Run, local_device, processes
 from lib.stats import Clock, Pace, product_rate
@@ -181,8 +181,6 @@ def fit(parameters: dict[str, nn.Parameter], loss_fn: Callable, out: str | Path,
 
 
 # ------------------------------------------------------------------ command line
-LEGEND = ("held_out: loss on held-out examples, at step 0 without a memory; loss: of the step; "
-          "dense_k: cross-entropy of what is masked at step k of the first K")
 parser = partial(training_parser, __doc__, REVEALS)
 
 
@@ -192,11 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     backbone, tokenizer = load(args.ckpt, local_device(args.device), args.dtype)
     c, device = backbone.config, backbone.embedding.weight.device
-    # ours: 8B and 7B take their examples one by one and recompute their blocks, to fit 40 GB
-    args.batch_size = args.batch_size or (1 if c.large else 8)
-    args.micros = args.micros or (16 if c.large else 4)
-    args.steps = args.steps or (3125 if c.large else 2000)  # one pass over 50,000 examples at 8B
-    backbone.checkpointing = c.large if args.checkpointing is None else args.checkpointing
+    training_defaults(args, c.large)
+    backbone.checkpointing = args.checkpointing
     memory = new_memory(args.memory, backbone, args.seed, slots=args.slots, width=args.width,
                         time=not args.no_time, local=not args.no_local).to(device)
     if args.init:

@@ -20,6 +20,7 @@ from lib.progress import progress, slow
 from lib.prompts import Prompt, fillable_ids, read_prompts
 from lib.terminal import complain, printable
 from lib.tokenizer import Tokenizer
+from lib.watch import Bars, Watched
 
 MASK, NEWLINE = "\u2591", "\u23ce"  # how a masked position and, on one line, a line break look
 DIM, FRESH, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
@@ -32,7 +33,9 @@ class LiveView:
     is one plain line."""
 
     def __init__(self, tokenizer: Tokenizer, mask_id: int, eos_id: int, prompt_length: int,
-                 stream: TextIO, delay: float = 0.0):
+                 stream: TextIO, delay: float = 0.0,
+                 further: Callable[[], list[str]] = list):
+        self.further = further  # lines more for each step
         self.tokenizer, self.mask_id, self.eos_id = tokenizer, mask_id, eos_id
         self.prompt_length, self.terminal = prompt_length, stream.isatty()
         self.stream = getattr(stream, "unfiltered", stream)  # it moves the cursor on purpose
@@ -44,6 +47,8 @@ class LiveView:
         if not self.terminal:
             text = "".join(t for t, _ in self.runs(step, False)).replace("\n", NEWLINE)
             print(f"{step.forwards:4d}  {text}", file=self.stream, flush=True)
+            for line in self.further():
+                print(f"      {line}", file=self.stream, flush=True)
             return
         size = shutil.get_terminal_size()
         lines = self.frame(step, size.columns)[-(size.lines - 1):] if size.lines > 1 else []
@@ -62,7 +67,8 @@ class LiveView:
         self.drawn = 0
 
     def frame(self, step, columns: int) -> list[str]:
-        """The lines of one frame, each at most `columns` wide: the answer, then the status."""
+        """The lines of one frame, each at most `columns` wide: the answer, further ones, the
+        status."""
         lines, width = [""], 0
         for text, style in self.runs(step):
             lines[-1] += style
@@ -77,8 +83,8 @@ class LiveView:
                     lines[-1] += char
                     width += wide
             lines[-1] += PLAIN if style else ""
-        status = self.status(step)[:columns]
-        return lines + [DIM + status + PLAIN]
+        beneath = [*self.further(), self.status(step)]
+        return lines + [DIM + line[:columns] + PLAIN for line in beneath]
 
     def status(self, step) -> str:
         """The line beneath: how many positions are settled, and the figures."""
@@ -140,12 +146,14 @@ def written(prompt: list[int], ids: torch.Tensor, tokenizer: Tokenizer, mask_id:
 
 # ------------------------------------------------------------------ answers
 def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, special, device,
-                   gen_length: int, tasks: dict, task: str | None, draw: Callable) -> int:
+                   gen_length: int, tasks: dict, task: str | None, draw: Callable,
+                   watched: Watched | None = None) -> int:
     """Answer what a command line asks by every variant's `decode(ids, ...)`: a prompt, a held-out
     one of a task, or, where there is one variant, the prompts of a file. Returns the exit code, 1
     where some of these have errors.
     special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
-    task: the name to take where no prompt is given, if there is one. Raises `InputError`."""
+    task: the name to take where no prompt is given, if there is one; watched: a memory that is to
+    be shown too. Raises `InputError`."""
     if args.prompts is not None:
         room = special.max_len - gen_length
         require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "
@@ -169,19 +177,20 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     for name, decode in variants.items():
         if name:
             print(f"{name}:", flush=True)
-        text = show(decode, ids, tokenizer, special, args.quiet, delay)
+        text = show(decode, ids, tokenizer, special, args.quiet, delay, watched)
         if check and not args.quiet:
             print("right" if check(text) else "wrong", flush=True)
     return 0
 
 
 def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, quiet: bool = False,
-         delay: float = 0.0) -> str:
+         delay: float = 0.0, watched: Watched | None = None) -> str:
     """Answer a prompt of ids (1, P) by `decode(ids, on_step=...)`, live, or `quiet`, which prints
     the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame."""
     mask_id, eos_id = special.mask_id, special.eos_id
     start = 0 if (ids == mask_id).any() else ids.shape[1]
-    view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay)
+    view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay,
+                                       Bars(watched) if watched else list)
     forwards = 0
 
     def on_step(step) -> None:

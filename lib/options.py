@@ -16,6 +16,8 @@ from lib.prompts import masks_in
 
 
 rate = number(0, 100, open_low=True)  # of learning
+LEGEND = ("held_out: loss on held-out examples, at step 0 without a memory; loss: of the step; "
+          "dense_k: cross-entropy of what is masked at step k of the first K")
 
 
 def with_text(text: str) -> str:
@@ -79,6 +81,7 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
 def check_sampling(args: argparse.Namespace) -> None:
     """Refuse options of sample.py that do not go together."""
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
+    require(not args.show_memory or args.memory, "--show-memory needs a --memory to show")
     require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "
             "out with --prompts")
 
@@ -106,6 +109,8 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
+    p.add_argument("--show-memory", action="store_true", help="also how far its slots move in each "
+                   "step, and how sure the model is of each position")
     add_decoding_options(p, orders)
     p.add_argument("--seed", type=seed, default=0, help="of drawn tokens and of --task")
     p.add_argument("--batch-size", type=size, default=1, help="prompts at a time with --prompts")
@@ -129,6 +134,15 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
     parser.add_argument("--micros", type=size, default=micros, help="micro-batches per update; of "
                         f"tasks, one each (default: {micros or '16 for 8B and 7B, else 4'})")
     parser.add_argument("--seed", type=seed, default=0, help="of the data and of fresh weights")
+
+
+def training_defaults(args: argparse.Namespace, large: bool) -> None:
+    """Fill in what train.py was not told. 8B and 7B take their examples one by one and recompute
+    their blocks, to fit 40 GB; one pass over 50,000 examples  # our choice"""
+    for name, of_8b, usual in (("batch_size", 1, 8), ("micros", 16, 4), ("steps", 3125, 2000),
+                               ("checkpointing", True, False)):
+        if getattr(args, name) is None:
+            setattr(args, name, of_8b if large else usual)
 
 
 def training_parser(doc: str, reveals: Iterable[str]) -> Parser:

@@ -1,0 +1,62 @@
+"""Looking into a generation: how far a memory's slots move, how sure the model is."""
+from __future__ import annotations
+
+import torch
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Watched:
+    """A memory that keeps, of its last update, how far each slot moved, and of the last step how
+    sure the model was of its best token at each position of the block. Both are written in place,
+    so that they are right too where a step is replayed as a CUDA graph. `adjust` goes to `generate`
+    beside the memory itself."""
+
+    def __init__(self, memory):
+        self.memory, self.inject = memory, memory.inject
+        self.moved = self.sure = torch.empty(0)
+
+    def initial(self, batch: int) -> torch.Tensor:
+        """The memory's (B, M, D)."""
+        state = self.memory.initial(batch)
+        self.moved = state.new_zeros(state.shape[:2])
+        return state
+
+    def update(self, s: torch.Tensor, *seen) -> torch.Tensor:
+        """The memory's (B, M, D); .moved (B, M) has the lengths of what was added to each slot."""
+        new = self.memory.update(s, *seen)
+        self.moved.copy_((new - s).norm(dim=-1))
+        return new
+
+    def adjust(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The logits (B, L, V) as they are; .sure (B, L) has their largest probabilities."""
+        if self.sure.shape != logits.shape[:2] or self.sure.device != logits.device:
+            self.sure = logits.new_zeros(logits.shape[:2])
+        self.sure.copy_(logits.softmax(-1).amax(-1))
+        return logits
+
+    def of_row(self, row: int) -> dict[str, list[float]]:
+        """{"slots": how far each moved, "sure": of each position of the block} of a row, now."""
+        return {name: [round(x, 4) for x in values[row].tolist()] if len(values) else []
+                for name, values in (("slots", self.moved), ("sure", self.sure))}
+
+
+class Bars:
+    """The lines of a live view that show a `Watched` memory: a bar for each slot, of which the
+    highest is the largest move so far, and one for each position of the block, of which the highest
+    is certainty."""
+
+    def __init__(self, watched: Watched):
+        self.watched, self.most = watched, 1e-9
+
+    def __call__(self) -> list[str]:
+        now = self.watched.of_row(0)
+        self.most = max([self.most, *now["slots"]])
+        slots = "".join(bar(x / self.most) for x in now["slots"])
+        return [f"slots moved   {slots}"] * bool(slots) + [
+            "sure of each  " + "".join(map(bar, now["sure"]))]
+
+
+def bar(share: float) -> str:
+    """A block character as high as a share of 1."""
+    return BARS[min(int(share * len(BARS)), len(BARS) - 1)]
