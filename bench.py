@@ -4,6 +4,7 @@
     python bench.py accuracy --tasks chain,sums --budgets 1,4 --prompts 200 --json
     python bench.py speed --ckpt random:llada-8b --quick                  # on a GPU, two minutes
     python bench.py speed --ckpt random:llada-8b --lengths 1024,2048 --batches 1,8 --train 1024
+    python bench.py harness --ckpt llada-8b --tasks gsm8k      # by lm-eval, as it was published
 
 Accuracy is the share of held-out prompts whose answer is right by the task's own rules. Budget b is
 one step per b tokens: 1 is one token per step, 8 an eighth as many steps. With memories, for a
@@ -35,12 +36,15 @@ from lib.data import left_pad
 from lib.files import to_json
 from lib.hub import find, stated
 from lib.live import answer_text
+from lib.plans import plans
 from lib.progress import progress, slow
+from lib.run import local_device
 from lib.stats import Clock, Timings, limits, plot
 from lib.tokenizer import Tokenizer, needed
+from lib.versus import versus
 from metastate import MetaState, Reset, Shuffled
 from model import Backbone, Config, config_of, load
-from sample import Commit, Sample, Steps, decide, generate
+from sample import BY_PROBABILITY, ORDERS, Commit, Sample, Steps, decide, denoise, generate
 from tasks import TASKS, Task, draw
 from train import token_losses, unrolled_loss
 
@@ -284,12 +288,28 @@ def time_training(timings: Timings, backbone: Backbone, memory: MetaState,
                      tokens=ids.numel(), forwards=K)
 
 
+# ------------------------------------------------------------------ harness
+def harness(args: argparse.Namespace) -> None:
+    """Published benchmarks or a file of examples: the frozen backbone beside memories."""
+    folder = find(args.ckpt)
+    config = Config.from_json(folder)
+    tokenizer = needed(Tokenizer.found_in(folder, config.vocab, args.ckpt), args.ckpt)
+    plan = plans(args, config, tokenizer, ORDERS, BY_PROBABILITY)  # before weights are read
+    backbone, _ = load(args.ckpt, local_device(args.device), args.dtype)
+    reset, trained = ([MetaState.load(file, backbone) for file in files]
+                      for files in (args.reset, args.memory))
+    compile_on(backbone.embedding.weight.device, args.compile, backbone, *reset, *trained)
+    versus(args, plan, backbone, tokenizer,
+           {"frozen": [(None, None)], "reset": [*zip(map(Reset, reset), args.reset)],
+            "MetaState": [*zip(trained, args.memory)]}, generate, denoise)
+
+
 # ------------------------------------------------------------------ command line
 @command
 def main(argv: list[str] | None = None) -> None:
     """Make the table that the command line asks for."""
     args = bench_parser(__doc__, TASKS).parse_args(argv)
-    {"accuracy": accuracy, "speed": speed}[args.table](args)
+    {"accuracy": accuracy, "speed": speed, "harness": harness}[args.table](args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Iterable
 from lib.cli import Parser, count, listed, number, one_of, require, seed, size, whole
 from lib.options import add_model_options, with_text
 from lib.outputs import tensors_file
+from lib.plans import harness_options
 from lib.stats import plot_file
 
 
@@ -34,7 +35,7 @@ def check_speed(args: argparse.Namespace) -> None:
 def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     """What bench.py takes; .table says which."""
     p = Parser(description=doc)
-    tables = p.add_subparsers(required=True, dest="table", metavar="accuracy | speed")
+    tables = p.add_subparsers(required=True, dest="table", metavar="accuracy | speed | harness")
     a = tables.add_parser("accuracy", help="tasks x step budgets")
     a.add_argument("--tasks", type=listed(one_of(tasks, "task")), help="comma-separated (default: "
                    "those that the checkpoint names)")
@@ -69,8 +70,10 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     s.add_argument("--warmup", type=whole(0, 10 ** 4), help="runs before those that count, after "
                    "the very first (default: 2; quick: 0)")
     s.add_argument("--repeat", type=size, help="runs that count (default: 5; quick: 3)")
-    for each in (a, s):
-        add_model_options(each, kind=with_text if each is a else str)
-        each.add_argument("--seed", type=seed, default=0, help="picks the prompts")
+    h = tables.add_parser("harness", help="published benchmarks, or your own examples")
+    harness_options(h)
+    for each in (a, s, h):
+        add_model_options(each, kind=str if each is s else with_text)
+        each.add_argument("--seed", type=seed, default=0, help="of prompts and of what is drawn")
         each.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return p

@@ -96,7 +96,7 @@ def check_blocks(gen_length: int, block_length: int, steps: int) -> int:
 
 def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order, orders, threshold,
                      by_probability, cache, refresh, temperature, top_p, top_k, alg_temp,
-                     cfg_scale, generator) -> None:
+                     cfg_scale, generator=None) -> None:
     """Refuse what `generate` cannot do with a backbone of config c; the names are its own.
     orders: those there are; by_probability: those a threshold makes sense for."""
     require(prompt.dim() == 2 and 0 not in prompt.shape,

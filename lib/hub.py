@@ -21,6 +21,12 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "llada-1.5": "GSAI-ML/LLaDA-1.5",
     "dream-7b": "Dream-org/Dream-v0-Instruct-7B",
     "dream-7b-base": "Dream-org/Dream-v0-Base-7B",
+    # relatives of the same format: their config.json has Dream-v0's shapes
+    "dream-coder-7b": "Dream-org/Dream-Coder-v0-Instruct-7B",
+    "dream-coder-7b-base": "Dream-org/Dream-Coder-v0-Base-7B",
+    "diffucoder-7b": "apple/DiffuCoder-7B-Instruct",
+    "diffucoder-7b-base": "apple/DiffuCoder-7B-Base",
+    "diffucoder-7b-cpgrpo": "apple/DiffuCoder-7B-cpGRPO",
 }
 WANTED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
           "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -37,7 +43,8 @@ def folder_of(ckpt: str | Path) -> Path | None:
 
 def find(ckpt: str | Path) -> Path:
     """The local folder of a checkpoint: a nickname, a folder, or a hub id, which is downloaded
-    (weights, config and tokenizer only) when the hub's cache does not hold it whole."""
+    (weights, config and tokenizer only) when the hub's cache does not hold it whole. Behind a hub
+    id @ and a branch, tag or commit may stand."""
     target, folder = CHECKPOINTS.get(str(ckpt), ckpt), folder_of(ckpt)
     if folder is not None:
         require(os.path.isfile(os.path.join(folder, "config.json")), f"no config.json in {folder}: "
@@ -47,19 +54,22 @@ def find(ckpt: str | Path) -> Path:
             f"{str(ckpt).removeprefix('random:')!r} itself, or another checkpoint")
     require(str(ckpt) not in CHECKPOINTS or isinstance(target, str), f"{target} is not there: "
             f"python -m studies.pretrain {ckpt} --out {target} makes it")
-    require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(target))),
+    require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", str(target))),
             f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, random:NAME, "
-            "a folder with config.json and *.safetensors, or a hub id owner/name")
+            "a folder with config.json and *.safetensors, or a hub id owner/name or "
+            "owner/name@revision")
     from huggingface_hub import snapshot_download
+    name, _, revision = str(target).partition("@")
+    wanted = dict(allow_patterns=WANTED, **({"revision": revision} if revision else {}))
     try:
-        cached = Path(snapshot_download(str(target), allow_patterns=WANTED, local_files_only=True))
+        cached = Path(snapshot_download(name, local_files_only=True, **wanted))
         if _whole(cached):
             return cached
     except Exception:  # not whole in the cache: the hub's own errors differ by version
         pass
     try:
         with slow(f"downloading {target} from the hub"):
-            return Path(snapshot_download(str(target), allow_patterns=WANTED))
+            return Path(snapshot_download(name, **wanted))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot download {target} ({reason}), and there is no such folder; "

@@ -42,6 +42,14 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def everyone(thing: object) -> list:
+    """What each of the processes has, in the order of their ranks."""
+    found = [thing] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, thing)
+    return found
+
+
 def first_process_first(work: Callable):
     """work() in each process, in the others once the first has done it. What is refused there is
     refused in all: nobody waits for one that has ended."""

@@ -64,19 +64,23 @@ class Tokenizer:
         return next((t for t in markers if t in self.vocab), "")
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, [{"role": ..., "content": ...}, ...], up to where the assistant's
-        next words go. Dream's ChatML where the vocabulary has `<|im_start|>`, else LLaDA's format;
-        each as the published templates have it."""
+        """Ids of a conversation, as `chat_text` writes it."""
+        return self.encode(self.chat_text(messages))
+
+    def chat_text(self, messages: list[dict[str, str]]) -> str:
+        """A conversation, [{"role": ..., "content": ...}, ...], up to where the assistant's next
+        words go. Dream's ChatML where the vocabulary has `<|im_start|>`, else LLaDA's format; each
+        as the published templates have it."""
         _check(messages)
         if "<|im_start|>" in self.vocab:
             if not messages or messages[0]["role"] != "system":
                 default = {"role": "system", "content": "You are a helpful assistant."}
                 messages = [default, *messages]
             turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-            return self.encode("".join(turns) + "<|im_start|>assistant\n")
+            return "".join(turns) + "<|im_start|>assistant\n"
         header = "<|start_header_id|>{}<|end_header_id|>\n\n"
         turns = [header.format(m["role"]) + m["content"].strip() + "<|eot_id|>" for m in messages]
-        return self.encode("<|startoftext|>" + "".join(turns) + header.format("assistant"))
+        return "<|startoftext|>" + "".join(turns) + header.format("assistant")
 
     def prompt(self, prompt: str | list[dict[str, str]], raw: bool = False) -> list[int]:
         """Ids of a prompt: messages, or a text, which becomes a user's message where there is a

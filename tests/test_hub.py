@@ -13,7 +13,7 @@ from conftest import DATA, assert_refused, shard
 
 from lib.cli import InputError
 from lib.hub import CHECKPOINTS, find, stated
-from model import load
+from model import Config, load
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -164,13 +164,38 @@ def test_a_failed_download_is_one_line(hub, cli_fails, error):
 @pytest.mark.parametrize("nickname, repository", [
     ("llada-8b", "GSAI-ML/LLaDA-8B-Instruct"), ("llada-8b-base", "GSAI-ML/LLaDA-8B-Base"),
     ("llada-1.5", "GSAI-ML/LLaDA-1.5"), ("dream-7b", "Dream-org/Dream-v0-Instruct-7B"),
-    ("dream-7b-base", "Dream-org/Dream-v0-Base-7B")])
+    ("dream-7b-base", "Dream-org/Dream-v0-Base-7B"),
+    ("dream-coder-7b", "Dream-org/Dream-Coder-v0-Instruct-7B"),
+    ("dream-coder-7b-base", "Dream-org/Dream-Coder-v0-Base-7B"),
+    ("diffucoder-7b", "apple/DiffuCoder-7B-Instruct"),
+    ("diffucoder-7b-base", "apple/DiffuCoder-7B-Base"),
+    ("diffucoder-7b-cpgrpo", "apple/DiffuCoder-7B-cpGRPO")])
 def test_nicknames_are_the_published_repositories(hub, text_ckpt, nickname, repository):
     """A nickname asks the hub for the repository that its name says."""
     fake = hub(None, text_ckpt)
     assert find(nickname) == text_ckpt
     assert fake.downloads[0]["repo_id"] == repository
     assert nickname in CHECKPOINTS
+
+
+def test_a_revision_is_asked_for(hub, text_ckpt):
+    """Behind a hub id @ and a branch, tag or commit: of the cache and of the network; without one
+    neither is told any."""
+    fake = hub(None, text_ckpt)
+    assert find("owner/name@refs/pr/3") == text_ckpt
+    assert {(call["repo_id"], call["revision"]) for call in fake.calls} == {
+        ("owner/name", "refs/pr/3")}
+    find("owner/name")
+    assert all("revision" not in call for call in fake.calls[2:])
+
+
+@pytest.mark.parametrize("stated", [dict(bos_token_id=151665, max_position_embeddings=32768),
+                                    dict(bos_token_id=151643, max_position_embeddings=131072)])
+def test_relatives_have_dreams_shapes(tmp_path, stated):
+    """What Dream-Coder's and DiffuCoder's config.json state otherwise than Dream's loads."""
+    config = json.loads((DATA / "dream" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    assert Config.from_json(tmp_path).max_len == stated["max_position_embeddings"]
 
 
 def test_a_model_of_ours_that_is_not_made_yet(cli_fails, monkeypatch, tmp_path):
