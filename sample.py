@@ -27,6 +27,7 @@ from lib.graph import Replay
 from lib.hub import stated
 from lib.live import answer_prompts
 from lib.options import decoding, sampling_parser
+from lib.run import local_device
 from lib.tokenizer import needed
 from lib.watch import Watched
 from metastate import MetaState
@@ -350,7 +351,7 @@ def answer(args, decode: Callable[..., Sample] = generate) -> int:
     """Answer what the command line asks by `decode(backbone, ids, **options)`: the exit code."""
     length, tasks = stated(args.ckpt)
     options = decoding(args, length)
-    backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
+    backbone, tokenizer = load(args.ckpt, local_device(args.device), args.dtype)
     memory = MetaState.load(args.memory, backbone) if args.memory else None
     device, watched = backbone.embedding.weight.device, None
     compile_on(device, args.compile, backbone, memory)

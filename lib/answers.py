@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 from lib.cli import InputError
 from lib.files import parse_json, read_json, to_json
@@ -37,6 +37,30 @@ class Ends:
         ids = list(itertools.takewhile(lambda token: token not in self.tokens[i], ids))
         text = self.tokenizer.decode([t for t in ids if t != self.mask_id], skip_special=True)
         return text[:min((text.find(u) for u in self.until[i] if u in text), default=len(text))]
+
+
+class Written(NamedTuple):
+    """What a generation wrote for one prompt."""
+    text: str            # the answer up to its end; where the prompt had masks, behind it filled
+    tokens: int          # up to the end, a stop string included
+    finish_reason: str   # "eos", "stop" (a stop string), "length", or "filled": no answer at all
+
+
+def written(prompt: list[int], row: list[int], ends: Ends, i: int) -> Written:
+    """What stands in row i of ids (P + G) behind its prompt of P ids, or in its place of masks."""
+    answer, decode = row[len(prompt):], ends.tokenizer.decode
+    kept = list(itertools.takewhile(lambda token: token not in ends.tokens[i], answer))
+    reason = "filled" if not answer else "length" if len(kept) == len(answer) else "eos"
+    kept = [token for token in kept if token != ends.mask_id]
+    text, whole = ends.cut(i, answer), decode(kept, skip_special=True)
+    if len(text) < len(whole):
+        reason = "stop"
+        kept = next(kept[:n] for n in range(1, len(kept) + 1) if any(
+            stop in decode(kept[:n], skip_special=True) for stop in ends.until[i]))
+    holes = prompt.count(ends.mask_id)
+    if holes:
+        text = decode(row[:len(prompt)], skip_special=True) + text
+    return Written(text, holes + len(kept), reason)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer, eos_id: int) -> set[int]:

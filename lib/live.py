@@ -1,5 +1,4 @@
-"""What a person sees of a generation: the live view on a terminal, the answer, its figures, and the
-JSON lines of a file of prompts."""
+"""What a person sees of a generation: the live view on a terminal, the answer and its figures."""
 from __future__ import annotations
 
 import functools
@@ -8,17 +7,17 @@ import shutil
 import sys
 import time
 import unicodedata
-from collections import deque
-from typing import Callable, TextIO
+from typing import Callable, Sequence, TextIO
 
 import torch
 
+from lib.answers import Ends, written
+from lib.batch import answer_file
 from lib.cli import require
-from lib.data import left_pad
-from lib.files import to_json
-from lib.progress import progress, slow
-from lib.prompts import Prompt, fillable_ids, read_prompts
-from lib.terminal import complain, printable
+from lib.progress import slow
+from lib.prompts import fillable_ids, read_prompts
+from lib.run import processes
+from lib.terminal import printable
 from lib.tokenizer import Tokenizer
 from lib.watch import Bars, Watched
 
@@ -91,7 +90,7 @@ class LiveView:
         answer = step.ids[:, self.prompt_length:]
         masks = int((answer[0] == self.mask_id).sum())
         return (f"{answer.shape[1] - masks}/{answer.shape[1]} positions  "
-                + figures(answer, self.mask_id, self.eos_id, step.forwards,
+                + figures(count_tokens(answer, self.mask_id, self.eos_id), step.forwards,
                           step.seconds - self.rested))
 
     def runs(self, step, marked: bool = True) -> list[tuple[str, str]]:
@@ -118,9 +117,8 @@ def count_tokens(answer: torch.Tensor, mask_id: int, eos_id: int) -> int:
     return int(((answer != eos_id) & (answer != mask_id)).sum())
 
 
-def figures(answer: torch.Tensor, mask_id: int, eos_id: int, forwards: int, seconds: float) -> str:
+def figures(tokens: int, forwards: int, seconds: float) -> str:
     """The figures that go together, always said the same way."""
-    tokens = count_tokens(answer, mask_id, eos_id)
     return (f"{tokens} tokens  {forwards} forwards  {tokens / max(forwards, 1):.2f} "
             f"tokens/forward  {tokens / max(seconds, 1e-9):.1f} tokens/s")
 
@@ -130,18 +128,6 @@ def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int, eos_id: i
     ids = ids.tolist()
     ids = ids[:ids.index(eos_id)] if eos_id in ids else ids
     return tokenizer.decode([i for i in ids if i != mask_id], skip_special=True)
-
-
-def written(prompt: list[int], ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int,
-            eos_id: int) -> tuple[str, torch.Tensor]:
-    """(text, ids) that a generation wrote into a row of ids (P + G) behind or into its prompt of P
-    ids. The text is the answer; where the prompt had masks, the prompt with these filled, and the
-    answer."""
-    open_ = torch.tensor([i == mask_id for i in prompt] + [True] * (len(ids) - len(prompt)))
-    text = answer_text(ids[len(prompt):], tokenizer, mask_id, eos_id)
-    if mask_id in prompt:
-        text = tokenizer.decode(ids[:len(prompt)].tolist(), skip_special=True) + text
-    return text, ids[open_.to(ids.device)]
 
 
 # ------------------------------------------------------------------ answers
@@ -160,8 +146,8 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
                 f"{special.max_len} positions")
         prompts = read_prompts(args.prompts, tokenizer, args.raw or gen_length == 0, room,
                                special.mask_id, fill=True, fill_only=gen_length == 0)
-        return answer_file(*variants.values(), prompts, tokenizer, special, args.batch_size,
-                           device)
+        return answer_file(args, *variants.values(), prompts, tokenizer, special, device, watched)
+    require(processes()[1] == 1, "several processes share the lines of --prompts: pass a file")
     prompt, check = args.prompt, None
     if prompt is None:
         require(task is not None, f"what should {args.ckpt} answer? Pass --prompt or --prompts")
@@ -177,66 +163,38 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     for name, decode in variants.items():
         if name:
             print(f"{name}:", flush=True)
-        text = show(decode, ids, tokenizer, special, args.quiet, delay, watched)
+        text = show(decode, ids, tokenizer, special, args.quiet, delay, args.stop, watched)
         if check and not args.quiet:
             print("right" if check(text) else "wrong", flush=True)
     return 0
 
 
 def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, quiet: bool = False,
-         delay: float = 0.0, watched: Watched | None = None) -> str:
+         delay: float = 0.0, stops: Sequence[str] = (), watched: Watched | None = None) -> str:
     """Answer a prompt of ids (1, P) by `decode(ids, on_step=...)`, live, or `quiet`, which prints
-    the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame."""
+    the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame;
+    stops: texts at which the answer ends."""
     mask_id, eos_id = special.mask_id, special.eos_id
     start = 0 if (ids == mask_id).any() else ids.shape[1]
     view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay,
                                        Bars(watched) if watched else list)
-    forwards = 0
+    ends, forwards = Ends(tokenizer, mask_id, {eos_id}, [stops], ids.shape[1]), 0
 
-    def on_step(step) -> None:
+    def on_step(step) -> bool:
         nonlocal forwards
         forwards = step.forwards
         if view is not None:
             if view.terminal:
                 waiting.set()  # from now on the frames say that it goes on
             view(step)
+        return bool(stops) and ends(step)
 
     with slow("answering", lambda: f", {forwards} forwards") as waiting:
         sample = decode(ids, on_step=on_step)
-    text, new = written(ids[0].tolist(), sample.ids[0], tokenizer, mask_id, eos_id)
+    text, tokens, _ = written(ids[0].tolist(), sample.ids[0].tolist(), ends, 0)
     if view is not None:
         view.end()
     print(text)
     if view is not None:
-        print(figures(new, mask_id, eos_id, sample.forwards, sample.seconds - view.rested))
+        print(figures(tokens, sample.forwards, sample.seconds - view.rested))
     return text
-
-
-def answer_file(decode: Callable, prompts: list[Prompt], tokenizer: Tokenizer, special,
-                batch_size: int, device) -> int:
-    """Answer prompts in batches by `decode(ids, pad_mask=...)`, one JSON object a line on stdout,
-    in their order, as of `Prompt`. special has mask_id, eos_id and pad_id. Returns the exit code:
-    1 where a prompt has an error."""
-    mask_id, eos_id, waiting = special.mask_id, special.eos_id, deque(prompts)
-
-    def refuse() -> None:
-        while waiting and waiting[0].error:
-            print(to_json(waiting.popleft().refused()), flush=True)
-
-    good = [prompt.ids for prompt in prompts if not prompt.error]
-    batches = [good[i:i + batch_size] for i in range(0, len(good), batch_size)]
-    for batch in progress(batches, "batches of prompts", bar=not sys.stdout.isatty()):
-        ids, pad = left_pad(batch, special.pad_id, device)
-        sample = decode(ids, pad_mask=pad)
-        for prompt, row in zip(batch, sample.ids):
-            refuse()
-            text, new = written(prompt, row[ids.shape[1] - len(prompt):], tokenizer, mask_id,
-                                eos_id)
-            print(to_json(waiting.popleft().answered({
-                "text": text, "tokens": count_tokens(new, mask_id, eos_id),
-                "forwards": sample.forwards,
-                "seconds": round(sample.seconds, 4), "batch": len(batch)})), flush=True)
-    refuse()
-    if bad := len(prompts) - len(good):
-        complain(f"{bad} of {len(prompts)} prompts have no answer: their lines say why")
-    return int(bad > 0)

@@ -11,7 +11,7 @@ from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, requi
                      whole, written)
 from lib.data import check_source, data_file
 from lib.memories import USUAL, memory_class
-from lib.outputs import input_stream, output_folder, tensors_file
+from lib.outputs import input_stream, output_file, output_folder, tensors_file
 from lib.prompts import masks_in
 
 
@@ -45,8 +45,9 @@ def add_model_options(parser, ckpt: str | None = "tiny", compiled: bool = True,
 def add_decoding_options(parser, orders: Iterable[str]) -> None:
     """How `generate` decodes; see its docstring."""
     how = parser.add_argument_group("how to decode")
-    how.add_argument("--gen-length", type=whole(0), help="positions to write (default: 0 for a "
-                     "--prompt with masks, else the checkpoint's max_new_tokens, else 128)")
+    how.add_argument("--gen-length", "--max-new-tokens", type=whole(0), help="positions to write "
+                     "(default: 0 for a --prompt with masks, else the checkpoint's max_new_tokens, "
+                     "else 128)")
     how.add_argument("--block-length", type=count, help="default: 32, or all if 32 divides not")
     how.add_argument("--steps", type=count, help="denoising steps (default: one token per step)")
     how.add_argument("--order", choices=list(orders), help="default: the family's")
@@ -81,6 +82,7 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
 def check_sampling(args: argparse.Namespace) -> None:
     """Refuse options of sample.py that do not go together."""
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
+    require(args.out is None or args.prompts is not None, "--out is for the answers of --prompts")
     require(not args.show_memory or args.memory, "--show-memory needs a --memory to show")
     require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "
             "out with --prompts")
@@ -109,6 +111,10 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
+    p.add_argument("--stop", action="append", default=[], type=written, metavar="TEXT",
+                   help="where an answer ends besides at EOS; may be repeated")
+    p.add_argument("--out", type=output_file, metavar="FILE", help="answers of --prompts; what is "
+                   "there of a run cut off stays (default: stdout)")
     p.add_argument("--show-memory", action="store_true", help="also how far its slots move in each "
                    "step, and how sure the model is of each position")
     add_decoding_options(p, orders)

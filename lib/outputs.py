@@ -46,7 +46,7 @@ def own(folder: str | Path) -> Owned:
         found = path.stat()
         if owner := _owned.get((found.st_dev, found.st_ino)):
             return owner
-        owner = _owned[found.st_dev, found.st_ino] = Owned(_lock(path), made)
+        owner = _owned[found.st_dev, found.st_ino] = Owned(lock(path), made)
         remove_leftovers(path)
         _try_to_write(path)
         for file in path.iterdir():
@@ -61,15 +61,17 @@ def own(folder: str | Path) -> Owned:
     return owner
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor that owns a folder as long as it is open: the system closes those of a process
-    that is killed, so no lock is ever left behind. Raises `InputError` where another has it."""
-    taken = f"another process writes to {folder}: wait for it, or pass another folder"
+def lock(folder: str | Path) -> int:
+    """A descriptor that owns a folder, or a file, as long as it is open: the system closes those of
+    a process that is killed, so no lock is ever left behind. Raises `InputError` where another has
+    it."""
+    taken = f"another process writes to {folder}: wait for it, or pass another"
     if fcntl is None:  # Windows has no lock of folders, but files that go with their descriptor
         if not hasattr(os, "O_TEMPORARY"):  # neither the one nor the other
             return os.open(os.devnull, os.O_RDONLY)
         try:
-            return os.open(folder / ".lock", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+            return os.open(Path(folder) / ".lock" if Path(folder).is_dir() else f"{folder}.lock",
+                           os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
         except (FileExistsError, PermissionError) as error:
             raise InputError(taken) from error
     lock = os.open(folder, os.O_RDONLY)
@@ -157,7 +159,9 @@ def input_file(text: str) -> str:
 
 
 def input_stream(text: str) -> str:
-    """The type of a file on the command line that is read once: a pipe or a terminal will do."""
+    """The type of a file on the command line that is read once: a pipe or a terminal will do, and
+    "-" is what is typed or piped in."""
+    text = "/dev/stdin" if text == "-" else text
     tried(_try_to_stream, text)
     return text
 

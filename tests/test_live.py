@@ -308,7 +308,7 @@ def test_figures_count_generated_tokens_only():
     """tokens/s of generated tokens: neither EOS nor what is still masked."""
     answer = torch.tensor([[1, 2, MASK_ID, EOS_ID, EOS_ID], [3, EOS_ID, 4, MASK_ID, 5]])
     assert count_tokens(answer, MASK_ID, EOS_ID) == 5
-    assert figures(answer, MASK_ID, EOS_ID, 4, 2.0) == \
+    assert figures(5, 4, 2.0) == \
         "5 tokens  4 forwards  1.25 tokens/forward  2.5 tokens/s"
 
 

@@ -125,7 +125,7 @@ def test_every_field_comes_back(text_ckpt, tmp_path, capsys):
     found = sample.main(argv)
     out, err = capsys.readouterr()
     first, second, third = (strict(text) for text in out.splitlines())
-    ours = {"text", "tokens", "forwards", "seconds", "batch"}
+    ours = {"text", "finish_reason", "tokens", "forwards", "seconds", "batch"}
     assert {k: v for k, v in first.items() if k not in ours} == given[0]
     if "text" in second:  # a tokenizer with no chat format of its own may refuse messages
         assert {k: v for k, v in second.items() if k not in ours} == \

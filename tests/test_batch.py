@@ -1,0 +1,240 @@
+"""Files of prompts as a batch tool: order, ends, runs cut off, several processes, noise."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import awake
+from processes import child, together
+
+import sample
+from lib import batch
+from lib.answers import Ends, written
+from lib.prompts import Prompt
+from model import load
+
+CPU = ["--device", "cpu"]
+ARGV = ["--gen-length", "8", "--block-length", "4", "--batch-size", "2", *CPU]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """Nine prompts of several lengths, one of them bad, each with a field of its own."""
+    lines = [json.dumps({"id": i, "prompt": "x" * (1 + i * 5 % 7), "mine": [i]}) for i in range(9)]
+    lines[4] = '{"id": "bad"}'
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "prompts.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    """Four prompts each, so that there are several."""
+    monkeypatch.setattr(batch, "WINDOW", 2)
+
+
+def run(ckpt, prompts, *argv) -> int:
+    return sample.main(["--ckpt", str(ckpt), "--prompts", str(prompts), *ARGV, *map(str, argv)])
+
+
+def rows_of(text: str) -> list[dict]:
+    """Lines of JSON without what is measured."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in text.splitlines()]
+
+
+# ------------------------------------------------------------------ lines and their ends
+def test_lines_come_in_the_order_of_the_file(text_ckpt, prompts, tmp_path, capsys):
+    """Whatever was answered first; to a file as to stdout, with the exit code of the bad one."""
+    assert run(text_ckpt, prompts) == 1
+    plain = rows_of(capsys.readouterr().out)
+    assert [row["id"] for row in plain] == [0, 1, 2, 3, "bad", 5, 6, 7, 8]
+    assert [row.get("mine") for row in plain] == [[0], [1], [2], [3], None, [5], [6], [7], [8]]
+    assert run(text_ckpt, prompts, "--out", tmp_path / "out.jsonl") == 1
+    assert capsys.readouterr().out == ""
+    assert rows_of((tmp_path / "out.jsonl").read_text()) == plain
+
+
+def test_windows_have_prompts_of_like_length():
+    """Each prompt once; batches within a window from long to short; one at a time in the order of
+    the file."""
+    rng = random.Random(0)
+    found = [Prompt({}, [0] * rng.randrange(1, 90), "bad" * (i % 7 == 3)) for i in range(50)]
+    for size in (1, 3):
+        cut = batch.windows(found, size)
+        flat = [i for window in cut for part in window for i in part]
+        good = [i for i, prompt in enumerate(found) if not prompt.error]
+        assert sorted(flat) == good and all(len(w) <= 2 for w in cut)
+        assert size > 1 or flat == good
+        for window, start in zip(cut, range(0, 50, 2 * size)):
+            members = [i for part in window for i in part]
+            assert sorted(members) == good[start:start + 2 * size]
+            lengths = [len(found[i].ids) for i in members]
+            assert size == 1 or lengths == sorted(lengths, reverse=True)
+
+
+class Letters:
+    """A tokenizer of a letter each; 0 is the mask, 1 EOS."""
+
+    vocab: dict = {}
+
+    def decode(self, ids, skip_special: bool = False) -> str:
+        return "".join(chr(96 + i) for i in ids if i > 1)
+
+
+@pytest.mark.parametrize("answer, stops, expected", [
+    ([3, 4, 5, 1, 1], [], ("cde", 3, "eos")), ([3, 4, 5, 6, 7], [], ("cdefg", 5, "length")),
+    ([3, 4, 5, 1, 9], [], ("cde", 3, "eos")), ([3, 4, 5, 6, 1], ["de"], ("c", 3, "stop")),
+    ([3, 4, 5, 6, 1], ["x", "e", "d"], ("c", 2, "stop")), ([1, 4, 5], ["d"], ("", 0, "eos")),
+    ([3, 0, 5, 1], ["d"], ("ce", 2, "eos")), ([4, 1], ["d"], ("", 1, "stop"))])
+def test_why_an_answer_ends(answer, stops, expected):
+    """Text, tokens up to the end, and the reason; a stop string goes before EOS behind it."""
+    ends = Ends(Letters(), 0, {1}, [stops], 2)
+    assert written([8, 9], [8, 9, *answer], ends, 0) == expected
+
+
+def test_what_is_filled_has_an_end_of_its_own():
+    ends = Ends(Letters(), 0, {1}, [()], 3)
+    assert written([8, 0, 9], [8, 3, 9], ends, 0) == ("hci", 1, "filled")
+    assert written([8, 0, 9], [8, 3, 9, 4, 1], ends, 0) == ("hcid", 2, "eos")
+
+
+def test_a_stop_string_ends_the_work_too(text_ckpt, prompts, tmp_path, capsys):
+    """A letter that the answers have: they end there, and no later block is computed."""
+    (tmp_path / "one").write_text("x\n")
+    run(text_ckpt, tmp_path / "one")
+    [plain] = rows_of(capsys.readouterr().out)
+    stop = plain["text"][:1]
+    run(text_ckpt, tmp_path / "one", "--stop", "\u2603", "--stop", stop)
+    [row] = rows_of(capsys.readouterr().out)
+    assert (row["text"], row["finish_reason"]) == ("", "stop")
+    assert row["forwards"] <= 4 < plain["forwards"]
+    assert sample.main(["--ckpt", str(text_ckpt), "--prompt", "x", "--quiet", *ARGV,
+                        "--stop", stop]) == 0
+    assert capsys.readouterr().out == "\n"
+
+
+def test_steps_of_a_watched_memory(text_ckpt, prompts, tmp_path, capsys):
+    """--show-memory: each line has what its row's slots did, step by step."""
+    awake(load(text_ckpt, "cpu")[0], slots=5).save(tmp_path / "m.safetensors")
+    argv = ["--memory", tmp_path / "m.safetensors", "--show-memory", "--no-early-stop"]
+    run(text_ckpt, prompts, *argv)
+    rows = [row for row in rows_of(capsys.readouterr().out) if "text" in row]
+    for row in rows:
+        assert [len(step["slots"]) for step in row["steps"]] == [5] * 8
+    run(text_ckpt, prompts, *argv, "--out", tmp_path / "out")
+    assert run(text_ckpt, prompts, *argv, "--out", tmp_path / "out") == 1
+
+
+# ------------------------------------------------------------------ runs cut off
+@pytest.mark.parametrize("kept", [0, 1, 3, 5, 8, 9])
+def test_a_run_goes_on_behind_its_last_whole_line(text_ckpt, prompts, tmp_path, capsys, kept):
+    """Half a line is made again; what is whole stays byte for byte; batches are what they were."""
+    out = tmp_path / "out.jsonl"
+    run(text_ckpt, prompts, "--out", out)
+    whole = out.read_bytes()
+    lines = whole.split(b"\n")
+    out.write_bytes(b"\n".join(lines[:kept] + [lines[kept][:20]]))
+    assert run(text_ckpt, prompts, "--out", out) == 1
+    assert f"has {kept} of 9 lines" in capsys.readouterr().err
+    again = out.read_bytes()
+    assert again.split(b"\n")[:kept] == lines[:kept]
+    assert rows_of(again.decode()) == rows_of(whole.decode())
+
+
+def test_what_does_not_belong_together(text_ckpt, prompts, tmp_path, cli_fails, capsys):
+    """Other options, other prompts, a file of somebody else's: refused, and left as they are."""
+    out = tmp_path / "out.jsonl"
+    argv = ["--ckpt", text_ckpt, "--prompts", prompts, "--out", out, *ARGV]
+    run(text_ckpt, prompts, "--out", out)
+    capsys.readouterr()
+    kept = out.read_bytes()
+    assert "(temperature)" in cli_fails(*argv, "--temperature", "0.5")
+    assert "(stop)" in cli_fails(*argv, "--stop", "a")
+    (tmp_path / "other").write_text(prompts.read_text().replace('"id": 2', '"id": 22'))
+    assert f"{out}:3" in cli_fails(*argv, "--prompts", tmp_path / "other")
+    (tmp_path / "fewer").write_text("\n".join(prompts.read_text().split("\n")[:5]))
+    assert "more lines" in cli_fails(*argv, "--prompts", tmp_path / "fewer")
+    assert out.read_bytes() == kept
+    (tmp_path / "mine").write_text("a text of mine\n")
+    assert "other options" in cli_fails(*argv, "--out", tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "a text of mine\n"
+    assert "--prompts" in cli_fails("--ckpt", text_ckpt, "--prompt", "a", "--out", out, *CPU)
+
+
+def answer_slowly(ckpt: str, prompts: str, out: str) -> None:
+    """sample.py in a process of its own."""
+    torch.set_num_threads(1)
+    batch.WINDOW = 2
+    with open(os.devnull, "w") as sys.stderr:
+        sys.exit(run(ckpt, prompts, "--out", out))
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(15, marks=pytest.mark.faults)])
+def test_killed_in_the_middle(text_ckpt, prompts, tmp_path, rounds):
+    """Under SIGKILL at random moments, again and again: the lines of a run left alone."""
+    assert run(text_ckpt, prompts, "--out", tmp_path / "whole") == 1
+    out, rng = tmp_path / "out", random.Random(0)
+    for _ in range(rounds):
+        process = child(answer_slowly, str(text_ckpt), str(prompts), str(out))
+        before = out.stat().st_size if out.exists() else 0
+        while process.is_alive() and (out.stat().st_size if out.exists() else 0) == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode in (1, -signal.SIGKILL)
+    assert run(text_ckpt, prompts, "--out", out) == 1
+    assert rows_of(out.read_text()) == rows_of((tmp_path / "whole").read_text())
+
+
+# ------------------------------------------------------------------ noise and processes
+def test_an_answer_does_not_depend_on_its_batch(text_ckpt, prompts, capsys):
+    """At a temperature: one at a time, in threes and all together."""
+    texts = []
+    for size, seed in ((1, 0), (3, 0), (8, 0), (8, 1)):
+        run(text_ckpt, prompts, "--temperature", "0.7", "--batch-size", size, "--seed", seed)
+        texts.append([row.get("text") for row in rows_of(capsys.readouterr().out)])
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def shared(rank: int, ckpt: str, prompts: str, out: str) -> None:
+    """sample.py in one of two processes; the second has nothing to say."""
+    torch.set_num_threads(1)
+    batch.WINDOW = 2
+    with open(os.devnull, "w") as sys.stderr, \
+            open(os.devnull if rank == 0 else out + ".1", "w") as sys.stdout:
+        code = run(ckpt, prompts, "--temperature", "0.7", "--out", out)
+    sys.exit(code)
+
+
+def test_two_processes_share_the_lines(text_ckpt, prompts, tmp_path, capsys):
+    """The output is that of one, and only the first process writes."""
+    out = tmp_path / "two"
+    assert together(shared, str(text_ckpt), str(prompts), str(out)) == [1, 1]
+    run(text_ckpt, prompts, "--temperature", "0.7", "--out", tmp_path / "one")
+    assert rows_of(out.read_text()) == rows_of((tmp_path / "one").read_text())
+    assert (tmp_path / "two.1").read_text() == ""
+
+
+def test_prompts_that_are_piped_in(text_ckpt, prompts, tmp_path, capsys, monkeypatch):
+    """- is what comes on stdin."""
+    run(text_ckpt, prompts)
+    plain = rows_of(capsys.readouterr().out)
+    reading, writing = os.pipe()
+    os.write(writing, prompts.read_bytes())
+    os.close(writing)
+    kept = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        assert run(text_ckpt, "-") == 1
+    finally:
+        os.dup2(kept, 0)
+    piped = rows_of(capsys.readouterr().out)
+    assert [row.get("text") for row in piped] == [row.get("text") for row in plain]
