@@ -296,7 +296,7 @@ def harness(args: argparse.Namespace) -> None:
     tokenizer = needed(Tokenizer.found_in(folder, config.vocab, args.ckpt), args.ckpt)
     plan = plans(args, config, tokenizer, ORDERS, BY_PROBABILITY)  # before weights are read
     backbone, _ = load(args.ckpt, local_device(args.device), args.dtype)
-    reset, trained = ([MetaState.load(file, backbone) for file in files]
+    reset, trained = (memories(backbone, args.ckpt, files, "", False)
                       for files in (args.reset, args.memory))
     compile_on(backbone.embedding.weight.device, args.compile, backbone, *reset, *trained)
     versus(args, plan, backbone, tokenizer,

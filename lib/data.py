@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from lib.cli import InputError, require
-from lib.files import parse_json, read_lines, write_atomic
+from lib.conversations import read_records
+from lib.files import write_atomic
 from lib.hub import CHECKPOINTS, stated
-from lib.outputs import input_file, tried
 from lib.progress import progress, slow
 from lib.prompts import at, no_mask, prompt_ids
 from lib.run import first_process_first
@@ -86,63 +86,33 @@ def task_batches(draw: Callable, tokenizer: Tokenizer, eos_id: int, length: int,
 
 
 # ------------------------------------------------------------------ files
-class DataFile(str):
-    """The path of a file of examples on the command line, and what stands in it: (place, messages),
-    of which the last is the answer."""
-
-    records: list[tuple[str, list]] | None = None
-
-
-def data_file(text: str) -> DataFile:
-    """The type of a file of examples on the command line: it is read before any model is."""
-    found = DataFile(input_file(text))
-    found.records = tried(read_records, text)
-    return found
-
-
-def read_records(path: str | Path) -> list[tuple[str, list]]:
-    """(file and line, messages) of a JSONL file with `messages` or `prompt` and `response` a line.
-    Raises `InputError` for a line that is neither or both, or holds no answer."""
-    records = []
-    for where, line in progress(read_lines(path), f"lines of {path}", bar=False):
-        fields = parse_json(line, where)
-        messages = fields.get("messages")
-        require(messages is None or fields.get("prompt") is None,
-                f"{where}: `prompt` and `messages`: only one can be learned")
-        if messages is None and "prompt" in fields:
-            messages = [{"role": "user", "content": fields["prompt"]},
-                        {"role": "assistant", "content": fields.get("response")}]
-        last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
-        require(isinstance(last, dict) and last.get("role") == "assistant"
-                and isinstance(last.get("content"), str) and last["content"] != "",
-                f"{where}: no response: a line needs `messages` that end with the assistant's, or "
-                "`prompt` and `response`")
-        records.append((where, messages))
-    return records
-
-
 def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_length: int,
                   mask_id: int | None = None) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) ids of a JSONL file with `messages` (the last one is the answer) or `prompt`
-    and `response` a line, in the format in which sampling asks. An answer ends with EOS and is cut
-    where the two together pass max_length; an example whose prompt leaves less than 8 positions is
-    dropped. Raises `InputError` with the file and line number, also for the mask token, which would
-    stand for something that is not there."""
+    """(prompt, answer) ids of files of conversations, in the format in which sampling asks: each of
+    the assistant's turns is an answer, of which all before is the prompt. An answer ends with EOS
+    and is cut where the two together pass max_length; an example whose prompt leaves less than 8
+    positions is dropped, and how many were is said. Raises `InputError` with the file and line
+    number, also for the mask token, which would stand for something that is not there."""
     records = getattr(path, "records", None) or read_records(path)
-    examples, dropped = [], 0
+    examples, dropped, cut = [], 0, 0
     for where, messages in progress(records, f"examples of {path}", bar=False):
-        with at(where):
-            prompt = prompt_ids(messages[:-1], tokenizer, False, mask_id)
-            answer = tokenizer.answer(messages[-1]["content"]) + [eos_id]
-            no_mask(answer, tokenizer, mask_id, "the response")
-        if len(prompt) > max_length - 8:
-            dropped += 1
-        else:
-            examples.append((prompt, answer[:max_length - len(prompt)]))
+        for i, message in enumerate(messages):
+            if i == 0 or message["role"] != "assistant" or not message["content"].strip():
+                continue
+            with at(where):
+                prompt = prompt_ids(messages[:i], tokenizer, False, mask_id)
+                answer = tokenizer.answer(message["content"]) + [eos_id]
+                no_mask(answer, tokenizer, mask_id, "the response")
+            if len(prompt) > max_length - 8:
+                dropped += 1
+            else:
+                cut += len(prompt) + len(answer) > max_length
+                examples.append((prompt, answer[:max_length - len(prompt)]))
     require(bool(examples), f"{path} holds no example that fits into {max_length} tokens")
-    if dropped:
-        note(f"{dropped} of {dropped + len(examples)} examples have prompts too long for "
-             f"--max-length {max_length} and are left out")
+    if dropped or cut or len(examples) != len(records):
+        note(f"{path}: {len(records)} lines, {len(examples)} answers to learn, {cut} of them cut "
+             f"at --max-length {max_length}, for which the prompts of {dropped} others are too "
+             "long")
     return examples
 
 

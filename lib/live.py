@@ -13,6 +13,7 @@ import torch
 
 from lib.answers import Ends, written
 from lib.batch import answer_file
+from lib.chat import chat
 from lib.cli import require
 from lib.progress import slow
 from lib.prompts import fillable_ids, read_prompts
@@ -148,7 +149,13 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
                                special.mask_id, fill=True, fill_only=gen_length == 0)
         return answer_file(args, *variants.values(), prompts, tokenizer, special, device, watched)
     require(processes()[1] == 1, "several processes share the lines of --prompts: pass a file")
+    if args.chat:
+        return chat(args, lambda ids: show(
+            *variants.values(), torch.tensor([ids], device=device), tokenizer, special, args.quiet,
+            0.0, args.stop, watched), tokenizer, special.max_len - gen_length)
     prompt, check = args.prompt, None
+    if args.system is not None and prompt is not None:
+        prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
     if prompt is None:
         require(task is not None, f"what should {args.ckpt} answer? Pass --prompt or --prompts")
         require(task in tasks, f"{args.ckpt} names the task {task!r}, which is none of "

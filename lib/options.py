@@ -9,7 +9,8 @@ from lib import identity
 from lib.checks import check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
                      whole, written)
-from lib.data import check_source, data_file
+from lib.conversations import data_file
+from lib.data import check_source
 from lib.memories import USUAL, memory_class
 from lib.outputs import input_stream, output_file, output_folder, tensors_file
 from lib.prompts import masks_in
@@ -82,6 +83,10 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
 def check_sampling(args: argparse.Namespace) -> None:
     """Refuse options of sample.py that do not go together."""
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
+    require(args.system is None or args.chat or args.prompt and not args.raw,
+            "--system is for --chat, or for a --prompt in a chat format")
+    require(not args.compare or not args.chat, "--compare shows one prompt twice: leave it out "
+            "with --chat")
     require(args.out is None or args.prompts is not None, "--out is for the answers of --prompts")
     require(not args.show_memory or args.memory, "--show-memory needs a --memory to show")
     require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "
@@ -105,7 +110,10 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
                       "a chat format; <mask> and <mask:3> in it are filled")
     what.add_argument("--prompts", type=input_stream, metavar="FILE", help="one prompt a line, "
                       "text or JSON with `prompt` or `messages`; prints one JSON result a line")
+    what.add_argument("--chat", action="store_true", help="a conversation: a line is a turn, "
+                      "/reset forgets, /quit ends")
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")
+    p.add_argument("--system", type=written, metavar="TEXT", help="what a chat model is told first")
     p.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
     add_model_options(p, kind=with_text)
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
@@ -130,9 +138,9 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
                      micros: int | None = None) -> None:
     """--data and how much of it is taken at a time, with a command's own defaults."""
     parser.checks.append(check_source)
-    parser.add_argument("--data", type=data_file, metavar="FILE", help="JSONL with messages, or "
-                        "prompt and response (default: the checkpoint's own tasks, else the Tulu-3 "
-                        "mixture)")
+    parser.add_argument("--data", type=data_file, metavar="FILES", help="JSONL with messages, or "
+                        "prompt and response, or ShareGPT's or Alpaca's, comma-separated, patterns "
+                        "too (default: the checkpoint's own tasks, else the Tulu-3 mixture)")
     parser.add_argument("--max-length", type=count, default=max_length, help="tokens of prompt and "
                         f"response (default: {max_length})")
     parser.add_argument("--batch-size", type=size, default=batch_size, help="examples per "
@@ -204,5 +212,6 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
             "dtype": str(next(backbone.parameters()).dtype),
             "init": init and identity.of_file(init),
             "tokenizer": identity.of_text(tokenizer.core.to_str()),
-            "data": [file and identity.of_file(file), identity.bits("", first)],
+            "data": [file and " ".join(map(identity.of_file, getattr(file, "files", [file]))),
+                     identity.bits("", first)],
             "code": identity.of_code(*code)}

@@ -216,8 +216,9 @@ def choose(column: str, model: str, name: str, given: dict,
         lines += [text for key in ("", benchmark) if (text := REMARKS.get((base, model, key)))]
     else:
         benchmark, fields = "", dict(task=name, length=length, block=32)
-        lines = [f"{base} has published nothing of {name or 'your data'} for {model}: as its "
-                 "other tasks; this project's length and blocks, and a task's own shots, stand in"]
+        lines = [(f"{base} has published nothing of {name}, whose own shots stand in; " if name
+                  else "") + f"order, temperature and template are as {base} runs {model}, length "
+                 "and blocks as everywhere in this project"]
     if column == "metastate":
         fields |= dict(length=256, block=32, cache="dual", task=fields["task"].replace(
             "minerva_math", "minerva_math500"))

@@ -47,7 +47,8 @@ def versus(args: argparse.Namespace, plan: list[Plan], backbone, tokenizer: Toke
             adapter.setting = task.setting
             result = (own if args.data else by_lm_eval)(adapter, args, rank, world)
             if rank == 0:
-                keep(Path(args.out), task.name or "data", label, result)
+                keep(Path(args.out), task.name or "data", label,
+                     {**result, "setting": [str(task.setting), *task.lines]})
                 scores[name].append(scores_of(result))
         if rank == 0:
             for table, found in zip((rows, leads), compared(task.name or "data", scores)):
@@ -72,8 +73,7 @@ def own(adapter: Adapter, args: argparse.Namespace, rank: int, world: int) -> di
              for i, (e, text) in enumerate(zip(mine, texts))]
     samples = sorted(sum(everyone(found), []), key=lambda s: s["doc_id"])
     share = sum(s["right"] for s in samples) / len(samples)
-    return {"results": {"data": {"right": share}}, "samples": {"data": samples},
-            "config": {"setting": str(adapter.setting)}}
+    return {"results": {"data": {"right": share}}, "samples": {"data": samples}}
 
 
 def by_lm_eval(adapter: Adapter, args: argparse.Namespace, rank: int, world: int) -> dict | None:

@@ -2,6 +2,8 @@
 depend on the step alone."""
 from __future__ import annotations
 
+import argparse
+import contextvars
 import json
 import random
 import sys
@@ -13,7 +15,9 @@ import pytest
 import torch
 from conftest import EOS_ID, MASK_ID, byte_tokenizer
 
+from lib import cli
 from lib.cli import InputError
+from lib.conversations import data_file
 from lib.data import (choose_data, file_batches, left_pad, move, read_examples, task_batch,
                       task_batches, tulu)
 from lib.tokenizer import Tokenizer
@@ -47,15 +51,15 @@ ASSISTANT = {"role": "assistant", "content": "Yes\u2028é."}
 
 # ------------------------------------------------------------------ data files
 def test_both_forms_of_a_line(family, tokenizers, tmp_path):
-    """`prompt` and `response` are a user's message and its answer; `messages` may hold more turns.
-    The prompt is the chat format, the answer ends with its marker and EOS, blank lines count for
-    nothing."""
+    """`prompt` and `response` are a user's message and its answer; `messages` may hold more turns,
+    and each of the assistant's is an answer. The prompt is the chat format, the answer ends with
+    its marker and EOS, blank lines count for nothing."""
     tokenizer = tokenizers[family]
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "Hi?", "response": "Yes\u2028é."}, "",
                  {"messages": [USER, ASSISTANT]}, "  ",
                  json.dumps({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, ensure_ascii=False))
-    short, same, long = read_examples(path, tokenizer, EOS_ID, 500)
-    assert short == same == (tokenizer.chat([USER]), short[1])
+    short, same, first, long = read_examples(path, tokenizer, EOS_ID, 500)
+    assert short == same == first == (tokenizer.chat([USER]), short[1])
     assert long == (tokenizer.chat([USER, ASSISTANT, USER]), short[1])
     *answer, eos = short[1]
     ending = {"llada": "<|eot_id|>", "dream": "<|im_end|>"}[family]
@@ -123,11 +127,76 @@ def test_examples_that_are_too_long(tokenizers, tmp_path, capsys):
     first, last = read_examples(path, tokenizer, EOS_ID, n + 8)
     assert [len(p + a) for p, a in (first, last)] == [n + 8, n + 3]
     assert tokenizer.decode(first[1]) == "x" * 8 and last[1][-1] == EOS_ID
-    assert "1 of 3 examples" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"3 lines, 2 answers to learn, 1 of them cut at --max-length {n + 8}, for which the " \
+        "prompts of 1 others" in said
     assert len(read_examples(path, tokenizer, EOS_ID, n + 9)) == 3
-    assert capsys.readouterr().err == ""
+    assert "2 of them cut" in capsys.readouterr().err
+    assert len(read_examples(path, tokenizer, EOS_ID, 500)) == 3
+    assert capsys.readouterr().err == ""  # nothing but what one would expect
     with pytest.raises(InputError, match="no example that fits into 20 tokens"):
         read_examples(path, tokenizer, EOS_ID, 20)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+OTHER = {"role": "assistant", "content": "No."}
+
+
+@pytest.mark.parametrize("line, turns", [
+    ({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "No."}]},
+     [[USER, OTHER]]),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi?"},
+                        {"from": "gpt", "value": "No."}, {"from": "human", "value": "Hi?"}],
+      "id": "x"}, [[SYSTEM, USER, OTHER]]),
+    ({"conversations": [{"from": "gpt", "value": "No."}, {"from": "human", "value": "Hi?"},
+                        {"from": "gpt", "value": "No."}]}, [[OTHER, USER, OTHER]]),
+    ({"instruction": "Hi?", "input": "", "output": "No."}, [[USER, OTHER]]),
+    ({"instruction": "Hi?", "input": "Ann", "output": "No."},
+     [[{"role": "user", "content": "Hi?\n\nAnn"}, OTHER]]),
+    ({"messages": [USER, OTHER, USER, {"role": "assistant", "content": " "}, USER, ASSISTANT]},
+     [[USER, OTHER], [USER, OTHER, USER, {"role": "assistant", "content": " "}, USER, ASSISTANT]])],
+    ids=str)
+def test_forms_that_are_found(family, tokenizers, tmp_path, line, turns):
+    """ShareGPT's and Alpaca's records; every turn of the assistant's that says something, but one
+    that nothing is before."""
+    tokenizer = tokenizers[family]
+    found = read_examples(jsonl(tmp_path / "x.jsonl", line), tokenizer, EOS_ID, 500)
+    assert found == [(tokenizer.chat(messages[:-1]),
+                      [*tokenizer.answer(messages[-1]["content"]), EOS_ID]) for messages in turns]
+
+
+@pytest.mark.parametrize("line, words", [
+    ({"conversations": [{"from": "robot", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a role"),
+    ({"conversations": []}, "no response"), ({"conversations": 3}, "no response"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "no response"),
+    ({"instruction": "a"}, "no response"), ({"instruction": "a", "output": 3}, "no response"),
+    ({"instruction": "a", "output": "b", "prompt": "c"}, "only one"),
+    ({"messages": [USER, ASSISTANT], "conversations": []}, "only one")], ids=str)
+def test_forms_that_are_none(tokenizers, tmp_path, line, words):
+    with pytest.raises(InputError, match=f"x.jsonl:1: .*{words}"):
+        read_examples(jsonl(tmp_path / "x.jsonl", line), tokenizers["llada"], EOS_ID, 500)
+
+
+def test_several_files_and_patterns(tmp_path, monkeypatch):
+    """Comma-separated, in the order of their names where a pattern finds them; a name with a comma
+    is a name; what is not there is said; a run knows all of them by content."""
+    running = contextvars.copy_context()
+    for name in ("b,c", "a1", "a2"):
+        jsonl(tmp_path / f"{name}.jsonl", {"prompt": name, "response": "x"})
+
+    def texts(data: str) -> list[str]:
+        return [messages[0]["content"] for _, messages in data_file(data).records]
+
+    def check() -> None:
+        cli.running.set(True)
+        one, many = f"{tmp_path}/b,c.jsonl", f"{tmp_path}/a*.jsonl"
+        assert texts(one) == ["b,c"] and texts(many) == ["a1", "a2"]
+        assert texts(f"{tmp_path}/a2.jsonl,{many}") == ["a2", "a1", "a2"]
+        assert data_file(many).files == [f"{tmp_path}/a1.jsonl", f"{tmp_path}/a2.jsonl"]
+        with pytest.raises(argparse.ArgumentTypeError, match="nosuch"):
+            data_file(f"{many},{tmp_path}/nosuch.jsonl")
+
+    running.run(check)
 
 
 def numbered(count: int) -> list[tuple[list[int], list[int]]]:
