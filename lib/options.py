@@ -11,6 +11,8 @@ from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, requi
                      whole, written)
 from lib.conversations import data_file
 from lib.data import check_source
+from lib.files import read_json
+from lib.hub import find
 from lib.memories import USUAL, memory_class
 from lib.outputs import input_stream, output_file, output_folder, tensors_file
 from lib.prompts import masks_in
@@ -49,15 +51,18 @@ def add_decoding_options(parser, orders: Iterable[str]) -> None:
     how.add_argument("--gen-length", "--max-new-tokens", type=whole(0), help="positions to write "
                      "(default: 0 for a --prompt with masks, else the checkpoint's max_new_tokens, "
                      "else 128)")
-    how.add_argument("--block-length", type=count, help="default: 32, or all if 32 divides not")
+    how.add_argument("--block-length", type=count, help="default: 32, or all if 32 divides not or "
+                     "for Dream without a cache")
     how.add_argument("--steps", type=count, help="denoising steps (default: one token per step)")
-    how.add_argument("--order", choices=list(orders), help="default: the family's")
+    how.add_argument("--order", choices=list(orders), help="default: low_confidence, and entropy "
+                     "for Dream")
     how.add_argument("--threshold", type=number(0, 1e3), help="commit all that is at least so "
                      "probable")
     how.add_argument("--cache", choices=("prefix", "dual"), help="Fast-dLLM's approximate caches")
     how.add_argument("--refresh", type=count, help="with --cache: all anew every so many steps")
-    how.add_argument("--temperature", type=number(0, 1e3), default=0.0)
-    how.add_argument("--top-p", type=number(0, 1, open_low=True))
+    how.add_argument("--temperature", type=number(0, 1e3), help="default: 0, and 0.2 for Dream")
+    how.add_argument("--top-p", type=number(0, 1, open_low=True), help="default: off, and 0.95 for "
+                     "Dream")
     how.add_argument("--top-k", type=whole(0))
     how.add_argument("--alg-temp", type=number(0, 1e3), default=0.0, help="draw positions too "
                      "(Dream)")
@@ -71,13 +76,25 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
     length of its answers."""
     holes = masks_in(args.prompt or "")  # filled in place of an answer, unless both are asked for
     length = args.gen_length if args.gen_length is not None else 0 if holes else length
-    options = {**{name: getattr(args, name) for name in (
+    options = {name: getattr(args, name) for name in (
         "order", "threshold", "cache", "refresh", "temperature", "top_p", "top_k", "alg_temp",
-        "cfg_scale")}, "gen_length": length, "steps": args.steps or length or holes or 128,
-        "block_length": args.block_length or (length if length % 32 else 32),
-        "stop_at_eos": not args.no_early_stop}
+        "cfg_scale")}
+    block = length if length % 32 else 32
+    if is_dream(args.ckpt) and args.threshold is None:  # as its README asks for an answer
+        usual = {"order": "entropy", "temperature": 0.2, "top_p": 0.95}
+        options |= {name: value for name, value in usual.items() if options[name] is None}
+        block = block if args.cache else length
+    options |= {"temperature": options["temperature"] or 0.0, "gen_length": length,
+                "steps": args.steps or length or holes or 128,
+                "block_length": args.block_length or block or 32,
+                "stop_at_eos": not args.no_early_stop}
     check_blocks(length, options["block_length"], options["steps"])
     return options
+
+
+def is_dream(ckpt: str) -> bool:
+    """Whether a checkpoint's config.json says that it is one of Dream's. Raises `InputError`."""
+    return str(read_json(find(ckpt) / "config.json").get("model_type")).lower() == "dream"
 
 
 def check_sampling(args: argparse.Namespace) -> None:

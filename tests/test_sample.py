@@ -13,6 +13,7 @@ from conftest import (DATA, EOS_ID, FAMILIES, MASK_ID, G, P, awake, boosted, one
 import sample
 from lib.cli import InputError
 from lib.data import left_pad
+from lib.options import decoding
 from model import DREAM_7B, LLADA_8B, Backbone, Cache, load
 from sample import LLADA_ORDERS, ORDERS, Commit, Sample, choose, denoise, generate, plan, propose
 
@@ -864,3 +865,19 @@ def test_compare_answers_without_and_with_the_memory(text_ckpt, tmp_path, capsys
     changed = run(capsys, text_ckpt, *argv, "--memory", str(memory))
     both = run(capsys, text_ckpt, *argv, "--memory", str(memory), "--compare")
     assert both == f"without memory:\n{plain}with memory:\n{changed}" and plain != changed
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ([], dict(order="entropy", temperature=0.2, top_p=0.95, block_length=64, steps=64)),
+    (["--temperature", "0", "--order", "origin"], dict(order="origin", temperature=0.0)),
+    (["--cache", "dual"], dict(order="entropy", block_length=32, cache="dual")),
+    (["--threshold", "0.9"], dict(order=None, temperature=0.0, top_p=None, block_length=32))])
+def test_dreams_own_readme_is_the_default_on_the_command_line(argv, expected):
+    """Its sampler's defaults commit in a random order, of which that README warns; LLaDA's are its
+    sampler's, in blocks of 32. `generate` keeps the published defaults of both."""
+    args = ["--gen-length", "64", "--prompt", "a", *argv]
+    found = decoding(sample.parser().parse_args(["--ckpt", str(DATA / "dream"), *args]), 128)
+    assert {name: found[name] for name in expected} == expected
+    found = decoding(sample.parser().parse_args(["--ckpt", str(DATA / "llada"), *args]), 128)
+    assert found["order"] in (None, "origin") and found["temperature"] == 0
+    assert found["block_length"] == 32
