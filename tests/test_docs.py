@@ -19,8 +19,8 @@ from typing import Iterator
 import pytest
 from conftest import ROOT
 
-from lib.cli import InputError
 from lib.bench_options import bench_parser
+from lib.cli import InputError
 from tasks import TASKS
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -290,3 +290,14 @@ def test_python_compiles(page):
             if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").is_file():
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_the_readmes_python_does_what_it_says(capsys, monkeypatch):
+    """Run as it stands there: an answer, a batch, the steps of one, and gaps that are filled."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    [snippet] = blocks(text_of("README.md"), "python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    answer, batch, *steps, filled = capsys.readouterr().out.splitlines()
+    assert answer == "1 3 6 0 5 1 8 6 5 6 8 1 24"
+    assert batch == "['1 3 6 0 5 1 8 6 5 6 8 1', '3 4 8 9 4 3 5 1 6 9 4 2']"
+    assert len(steps) == 24 and filled == "True"
