@@ -2,12 +2,14 @@
 
     python -m studies.picture --memory checkpoints/tiny/metastate.safetensors
     python -m studies.picture --memory FILE --task sums --steps 4 --seed 7 --out out/sums.svg
+    python -m studies.picture --memory FILE --slots --steps 12 --out out/slots.svg
 
 The same prompt and the same number of steps, side by side: masked positions are light blocks, what
 a step commits is highlighted, what is settled is plain, and at the end stands what the task's own
 check says. Without --seed the prompt is the first held-out one that is solved with the memory only,
 and the caption says so. The picture is an SVG that moves by CSS alone, for a light and a dark page;
-where nothing moves it shows the end.
+where nothing moves it shows the end. --slots draws instead what the memory does meanwhile: how far
+each slot moves in each step, and how sure the model is of the best token at each position.
 """
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from lib.outputs import output_file, tensors_file
 from lib.progress import progress
 from lib.terminal import printable
 from lib.tokenizer import Tokenizer, needed
+from lib.watch import Watched
 from metastate import MetaState
 from model import Backbone, load
 from sample import Sample, generate
@@ -47,6 +50,7 @@ STYLE = """
 COLOURS = {  # selector and property -> on a light page, on a dark one
     ".page { fill": ("#ffffff", "#0d1117"), ".page { stroke": ("#d0d7de", "#3d444d"),
     "text { fill": ("#1f2328", "#f0f6fc"), ".quiet { fill": ("#59636e", "#9198a1"),
+    ".dark { fill": ("#1f6feb", "#58a6ff"),
     ".mask { fill": ("#d5dbe2", "#353c46"), ".fresh { fill": ("#ffd33d", "#d29922"),
     ".bold { fill": ("#1f2328", "#0d1117"), "text.right { fill": ("#1a7f37", "#3fb950"),
     "text.wrong { fill": ("#cf222e", "#f85149"), "path { fill": ("none", "none"),
@@ -161,12 +165,48 @@ def picture(prompt: str, caption: str, panels: list[Denoising], width: int = 24 
     y = max(drawing.panel(what, MARGIN + i * (width + MARGIN), y + 16, width)
             for i, what in enumerate(panels)) + 34
     drawing.add("text", "quiet", caption, x=MARGIN, y=y)
-    h = y + MARGIN
+    return framed(drawing, caption, w, y + MARGIN)
+
+
+def framed(drawing: Picture, caption: str, w: int, h: int) -> str:
+    """The SVG of a drawing, on a page of w by h pixels."""
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" '
             f'height="{h}" role="img">\n<title>{escape(printable(caption))}</title>\n'
             f'<style>{drawing.style()}</style>\n'
             f'<rect class="page" x="0.5" y="0.5" width="{w - 1}" height="{h - 1}" rx="8"/>\n'
             + "\n".join(drawing.elements) + "\n</svg>\n")
+
+
+# ------------------------------------------------------------------ what the memory does
+def slot_steps(backbone: Backbone, tokenizer: Tokenizer, prompt: str, length: int, steps: int,
+               memory: MetaState) -> list[dict[str, list[float]]]:
+    """What `Watched` says of a prompt's denoising in one block, step by step."""
+    ids = torch.tensor([tokenizer.encode(prompt)], device=backbone.embedding.weight.device)
+    watched, seen = Watched(memory), []
+    generate(backbone, ids, memory=watched, adjust=watched.adjust, gen_length=length,
+             block_length=length, steps=steps, on_step=lambda _: seen.append(watched.of_row(0)))
+    return seen
+
+
+def slot_picture(steps: list[dict[str, list[float]]], caption: str) -> str:
+    """The SVG of `slot_steps`: a row for each step, a cell for each slot and for each position; the
+    darkest slot is the farthest move, the darkest position certainty."""
+    most = max(x for step in steps for x in step["slots"])
+    columns = [("slots: how far each moves", "slots", most), ("positions: how sure", "sure", 1.0)]
+    drawing, x = Picture(1), MARGIN + 40
+    for title, name, whole in columns:
+        drawing.add("text", "quiet", title, x=x, y=MARGIN + 10)
+        for k, step in enumerate(steps):
+            top = MARGIN + 20 + CELL * k
+            if x == MARGIN + 40:
+                drawing.add("text", "quiet", f"{k + 1}", x=MARGIN, y=top + 12)
+            for i, value in enumerate(step[name]):
+                drawing.add("rect", "dark", x=x + CELL * i, y=top, width=CELL - 1, height=CELL - 1,
+                            fill_opacity=f"{min(value / whole, 1):.3f}")
+        x += CELL * len(steps[0][name]) + MARGIN
+    y = MARGIN + 40 + CELL * len(steps)
+    drawing.add("text", "quiet", caption, x=MARGIN, y=y)
+    return framed(drawing, caption, x, y + MARGIN)
 
 
 # ------------------------------------------------------------------ command line
@@ -177,6 +217,7 @@ def parser() -> Parser:
     p.add_argument("--memory", type=tensors_file, metavar="FILE", required=True,
                    help="a MetaState memory trained for it")
     p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
+    p.add_argument("--slots", action="store_true", help="what the memory does, not the tokens")
     p.add_argument("--steps", type=count, default=6, help="denoising steps")
     p.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that is "
                    "solved with the memory only)")
@@ -192,6 +233,14 @@ def main(argv: list[str] | None = None) -> None:
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
     tokenizer, length = needed(tokenizer, args.ckpt), stated(args.ckpt).length
     memory = MetaState.load(args.memory, backbone)
+    if args.slots:
+        chosen = args.seed or 0
+        prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
+        caption = f"{args.task}, seed {chosen}: a held-out prompt, {args.steps} steps"
+        steps = slot_steps(backbone, tokenizer, prompt, length, args.steps, memory)
+        write_text(args.out, slot_picture(steps, caption))
+        print(f"wrote {args.out}")
+        return
     for chosen in progress(range(SEEDS) if args.seed is None else [args.seed], "prompts"):
         prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
         panels = both(backbone, tokenizer, find_task(args.task), prompt, length, args.steps, memory)

@@ -1,6 +1,7 @@
 """The moving picture of a prompt being denoised: read back frame by frame."""
 from __future__ import annotations
 
+import random
 import re
 from xml.etree import ElementTree
 
@@ -13,7 +14,7 @@ from metastate import MetaState
 from model import load
 from sample import generate
 from studies import picture
-from tasks import TASKS
+from tasks import TASKS, draw
 
 MEMORY = str(ROOT / "checkpoints" / "tiny" / "metastate.safetensors")
 LENGTH = 24  # of the tiny model's answers
@@ -162,3 +163,18 @@ def test_where_no_prompt_shows_it(tmp_path, monkeypatch, capsys):
     out = tmp_path / "picture.svg"
     assert picture.main(["--memory", MEMORY, "--steps", "24", "--out", str(out)]) == 2
     assert "--seed" in capsys.readouterr().err and not out.exists()
+
+
+def test_what_the_memory_does(tmp_path, capsys):
+    """A row for each step, a cell for each slot and each position, as dark as `Watched` says."""
+    out = tmp_path / "slots.svg"
+    argv = ["--slots", "--steps", "3", "--task", "sums", "--out", str(out), "--device", "cpu"]
+    assert picture.main(["--memory", MEMORY, *argv]) == 0
+    shades = [float(x) for x in re.findall(r'fill-opacity="([\d.]+)"', out.read_text())]
+    assert len(shades) == 3 * (24 + 24) and max(shades) == 1 and min(shades) >= 0
+    backbone, tokenizer = load("tiny", "cpu")
+    prompt = draw("sums", random.Random(0), held_out=True)[0]
+    steps = picture.slot_steps(backbone, tokenizer, prompt, 24, 3, MetaState.load(MEMORY, backbone))
+    most = max(x for step in steps for x in step["slots"])
+    assert shades[:24] == pytest.approx([x / most for x in steps[0]["slots"]], abs=1e-3)
+    assert shades[-24:] == pytest.approx(steps[-1]["sure"], abs=1e-3)
