@@ -90,14 +90,18 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_lengt
                   mask_id: int | None = None) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) ids of files of conversations, in the format in which sampling asks: each of
     the assistant's turns is an answer, of which all before is the prompt. An answer ends with EOS
-    and is cut where the two together pass max_length; an example whose prompt leaves less than 8
-    positions is dropped, and how many were is said. Raises `InputError` with the file and line
-    number, also for the mask token, which would stand for something that is not there."""
+    and is cut where the two together pass max_length; one whose prompt leaves less than 8 positions
+    is dropped, and one that says nothing or that nothing is before; how many were is said. Raises
+    `InputError` with the file and line number, also for the mask token, which would stand for
+    something that is not there."""
     records = getattr(path, "records", None) or read_records(path)
-    examples, dropped, cut = [], 0, 0
+    examples, dropped, idle, cut = [], 0, 0, 0
     for where, messages in progress(records, f"examples of {path}", bar=False):
         for i, message in enumerate(messages):
-            if i == 0 or message["role"] != "assistant" or not message["content"].strip():
+            if message["role"] != "assistant":
+                continue
+            if i == 0 or not message["content"].strip():
+                idle += 1
                 continue
             with at(where):
                 prompt = prompt_ids(messages[:i], tokenizer, False, mask_id)
@@ -109,10 +113,10 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, eos_id: int, max_lengt
                 cut += len(prompt) + len(answer) > max_length
                 examples.append((prompt, answer[:max_length - len(prompt)]))
     require(bool(examples), f"{path} holds no example that fits into {max_length} tokens")
-    if dropped or cut or len(examples) != len(records):
+    if cut or len(examples) != len(records) or idle:
         note(f"{path}: {len(records)} lines, {len(examples)} answers to learn, {cut} of them cut "
-             f"at --max-length {max_length}, for which the prompts of {dropped} others are too "
-             "long")
+             f"at --max-length {max_length}; left out {dropped} whose prompts are too long for it, "
+             f"{idle} that say nothing or that nothing is before")
     return examples
 
 

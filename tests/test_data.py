@@ -17,7 +17,7 @@ from conftest import EOS_ID, MASK_ID, byte_tokenizer
 
 from lib import cli
 from lib.cli import InputError
-from lib.conversations import data_file
+from lib.conversations import data_file, messages_of
 from lib.data import (choose_data, file_batches, left_pad, move, read_examples, task_batch,
                       task_batches, tulu)
 from lib.tokenizer import Tokenizer
@@ -128,8 +128,8 @@ def test_examples_that_are_too_long(tokenizers, tmp_path, capsys):
     assert [len(p + a) for p, a in (first, last)] == [n + 8, n + 3]
     assert tokenizer.decode(first[1]) == "x" * 8 and last[1][-1] == EOS_ID
     said = capsys.readouterr().err
-    assert f"3 lines, 2 answers to learn, 1 of them cut at --max-length {n + 8}, for which the " \
-        "prompts of 1 others" in said
+    assert f"3 lines, 2 answers to learn, 1 of them cut at --max-length {n + 8}; left out 1 " \
+        "whose prompts are too long for it, 0 that say" in said
     assert len(read_examples(path, tokenizer, EOS_ID, n + 9)) == 3
     assert "2 of them cut" in capsys.readouterr().err
     assert len(read_examples(path, tokenizer, EOS_ID, 500)) == 3
@@ -156,13 +156,16 @@ OTHER = {"role": "assistant", "content": "No."}
     ({"messages": [USER, OTHER, USER, {"role": "assistant", "content": " "}, USER, ASSISTANT]},
      [[USER, OTHER], [USER, OTHER, USER, {"role": "assistant", "content": " "}, USER, ASSISTANT]])],
     ids=str)
-def test_forms_that_are_found(family, tokenizers, tmp_path, line, turns):
+def test_forms_that_are_found(family, tokenizers, tmp_path, capsys, line, turns):
     """ShareGPT's and Alpaca's records; every turn of the assistant's that says something, but one
-    that nothing is before."""
+    that nothing is before, and how many these are."""
     tokenizer = tokenizers[family]
     found = read_examples(jsonl(tmp_path / "x.jsonl", line), tokenizer, EOS_ID, 500)
     assert found == [(tokenizer.chat(messages[:-1]),
                       [*tokenizer.answer(messages[-1]["content"]), EOS_ID]) for messages in turns]
+    said = [m for m in messages_of(line, "") if m["role"] == "assistant"]
+    assert (f"; left out 0 whose prompts are too long for it, {len(said) - len(turns)} that say "
+            in capsys.readouterr().err) == (len(said) > len(turns) or len(turns) > 1)
 
 
 @pytest.mark.parametrize("line, words", [
