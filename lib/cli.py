@@ -97,10 +97,17 @@ def number(low: float, high: float = math.inf, open_low: bool = False) -> Callab
 
 
 def written(text: str) -> str:
-    """The type of a prompt on the command line: a text of some length. What a locale that is not
-    UTF-8 made of its bytes is undone."""
+    """The type of a prompt on the command line: a text in which something stands."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the prompt is empty")
+    return spelled(text)
+
+
+def spelled(text: str) -> str:
+    """The type of a text on the command line, blanks or line breaks alone included. What a locale
+    that is not UTF-8 made of its bytes is undone."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
     try:
         return os.fsencode(text).decode() if re.search("[\ud800-\udfff]", text) else text
     except UnicodeError as error:

@@ -8,7 +8,7 @@ from typing import Callable, Iterable
 from lib import identity
 from lib.checks import check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
-                     whole, written)
+                     spelled, whole, written)
 from lib.conversations import data_file
 from lib.data import check_source
 from lib.files import read_json
@@ -136,7 +136,7 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
-    p.add_argument("--stop", action="append", default=[], type=written, metavar="TEXT",
+    p.add_argument("--stop", action="append", default=[], type=spelled, metavar="TEXT",
                    help="where an answer ends besides at EOS; may be repeated")
     p.add_argument("--out", type=output_file, metavar="FILE", help="answers of --prompts; what is "
                    "there of a run cut off stays (default: stdout)")
