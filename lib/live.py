@@ -152,7 +152,7 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     if args.chat:
         return chat(args, lambda ids: show(
             *variants.values(), torch.tensor([ids], device=device), tokenizer, special, args.quiet,
-            0.0, args.stop, watched), tokenizer, special.max_len - gen_length)
+            0.0, args.stop, watched), tokenizer, special.mask_id, special.max_len - gen_length)
     prompt, check = args.prompt, None
     if args.system is not None and prompt is not None:
         prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]

@@ -104,6 +104,8 @@ def check_sampling(args: argparse.Namespace) -> None:
             "--system is for --chat, or for a --prompt in a chat format")
     require(not args.compare or not args.chat, "--compare shows one prompt twice: leave it out "
             "with --chat")
+    require(not args.raw or not args.chat, "--raw passes texts as they are: leave it out with "
+            "--chat")
     require(args.out is None or args.prompts is not None, "--out is for the answers of --prompts")
     require(not args.show_memory or args.memory, "--show-memory needs a --memory to show")
     require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "

@@ -21,7 +21,8 @@ def said(monkeypatch):
     return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
-def conversations(tokenizer, room: int = 500, system: str | None = None) -> list[list[int]]:
+def conversations(tokenizer, room: int = 500, system: str | None = None,
+                  code: int = 0) -> list[list[int]]:
     """What a model is asked, turn by turn; it answers with the number of the turn."""
     asked: list[list[int]] = []
 
@@ -29,7 +30,7 @@ def conversations(tokenizer, room: int = 500, system: str | None = None) -> list
         asked.append(ids)
         return f"answer {len(asked)}"
 
-    assert chat(Namespace(ckpt="x", system=system), answer, tokenizer, room) == 0
+    assert chat(Namespace(ckpt="x", system=system), answer, tokenizer, MASK_ID, room) == code
     return asked
 
 
@@ -48,8 +49,7 @@ def test_a_turn_knows_those_before(family, tokenizers, said):
 
 
 def test_the_beginning_is_left_out_where_there_is_no_room(family, tokenizers, said, capsys):
-    """Whole turns, the oldest first; the system's stays, and a message that is too long by itself
-    is refused."""
+    """Whole turns, the oldest first; the system's stays."""
     tokenizer, system = tokenizers[family], {"role": "system", "content": "Be brief."}
     whole = turns("one", "answer 1", "two", "answer 2", "three")
     room = len(tokenizer.chat([system, *whole])) - 1
@@ -57,9 +57,22 @@ def test_the_beginning_is_left_out_where_there_is_no_room(family, tokenizers, sa
     *_, last = conversations(tokenizer, room, "Be brief.")
     assert last == tokenizer.chat([system, *whole[2:]])
     assert capsys.readouterr().err.count("no longer fits") == 1
-    said("one\n" + "long " * 200)
-    with pytest.raises(InputError, match="leave room for the answer"):
-        conversations(tokenizer, 300)
+
+
+def test_a_line_that_cannot_be_answered(family, tokenizers, said, capsys, monkeypatch):
+    """What is too long by itself, or no UTF-8: it is said, and the conversation goes on as if it
+    had not been; the exit code tells."""
+    tokenizer = tokenizers[family]
+    typed = b"one\n" + b"long " * 200 + b"\ncaf\xe9\ntwo\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "ascii"))
+    assert conversations(tokenizer, 300, code=1) == [
+        tokenizer.chat(turns("one")), tokenizer.chat(turns("one", "answer 1", "two"))]
+    err = capsys.readouterr().err
+    assert err.count("error: ") == err.count("\n") == 2
+    assert "leave room for the answer" in err and "not UTF-8" in err
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="closed"):
+        conversations(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +94,12 @@ def test_the_command_line(talking, text_ckpt, said, capsys):
     assert out and err == ""
     assert sample.main([*argv, "--prompt", "a", "--system", "Be brief."]) == 0
     assert out.startswith(capsys.readouterr().out)
+    said("a\nb <|mask|>\nb\n")  # a mask is no part of a conversation
+    assert sample.main([*argv, "--chat", "--system", "Be brief."]) == 1
+    again, err = capsys.readouterr()
+    assert again == out and err.count("\n") == 1 and "mask token" in err
     for wrong in (["--chat", "--prompt", "a"], ["--system", "a", "--task", "sums"],
-                  ["--chat", "--ckpt", str(text_ckpt)]):
+                  ["--chat", "--ckpt", str(text_ckpt)], ["--chat", "--raw"]):
         said("a\n")
         assert sample.main([*argv, *wrong]) == 2
         assert capsys.readouterr().err.startswith("error: ")
