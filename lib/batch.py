@@ -40,29 +40,38 @@ def answer_file(args, decode: Callable, prompts: list[Prompt], tokenizer: Tokeni
     where a prompt has an error."""
     rank, world = processes()
     lines = first_process_first(lambda: Lines(args, prompts) if rank == 0 else None)
-    done, began, count = everyone(lines and lines.done)[0], time.monotonic(), 0
+    done, began = everyone(lines and lines.done)[0], time.monotonic()
+    left = {i for i, prompt in enumerate(prompts) if i >= done and not prompt.error}
+    whole = len(left)
 
     def pace() -> str:
-        rate = max(count, 1e-9) / (time.monotonic() - began)
-        return (f", {done + count} of {len(prompts)}, {rate:.3g} prompts/s, "
-                f"{(len(prompts) - done - count) / rate:.0f} s left" if count else "")
+        rate = (whole - len(left)) / (time.monotonic() - began)
+        return (f", {len(prompts) - len(left)} of {len(prompts)}, {rate:.3g} prompts/s, "
+                f"{tqdm.format_interval(len(left) / rate)} left" if rate else "")
 
-    bar = tqdm(total=len(prompts), initial=done, unit=" prompts", disable=None if rank == 0
-               and not sys.stdout.isatty() else True)
+    bar = tqdm(total=len(prompts), initial=len(prompts) - whole, unit=" prompts",
+               disable=None if rank == 0 and not sys.stdout.isatty() else True)
     with contextlib.closing(lines) if lines else contextlib.nullcontext(), bar, slow(
             "answering", pace, not bar.disable or rank > 0):
         for window in windows(prompts, args.batch_size):
             todo = [batch for batch in window if max(batch) >= done]
             for share in [[batch] for batch in todo] if world == 1 else [todo[rank::world]]:
                 found: dict[int, dict] = {}
-                for batch in share:
-                    found |= answers(args, decode, batch, prompts, tokenizer, special, device,
-                                     watched)
-                for records in everyone(found):
-                    count += len(records)
-                    bar.update(len(records))
+                problem = None
+                try:
+                    for batch in share:
+                        found |= answers(args, decode, batch, prompts, tokenizer, special, device,
+                                         watched)
+                except InputError as error:  # ends all processes, once they have what was found
+                    problem = error
+                shared = everyone((found, problem))
+                for records, _ in shared:
+                    bar.update(len(left & records.keys()))
+                    left -= records.keys()
                     if lines:
                         lines.add(records)
+                for _, problem in shared:
+                    require(problem is None, str(problem))
     bad = sum(bool(prompt.error) for prompt in prompts)
     if bad and rank == 0:
         complain(f"{bad} of {len(prompts)} prompts have no answer: their lines say why")
@@ -173,8 +182,8 @@ def belongs(line: str, prompt: Prompt) -> bool:
         found = parse_json(line, "")
     except InputError:
         return False
-    if prompt.error:
-        return found == prompt.refused()
+    if prompt.error:  # whose words name the file, wherever that was then
+        return found.keys() == {"id", "error"} and found["id"] == prompt.refused()["id"]
     again = prompt.answered({name: found[name] for name in found.keys() & OURS})
     return OURS <= found.keys() and all(found.get(name) == again.get(name) for name in
                                         (found.keys() | again.keys()) - {"steps"})

@@ -17,7 +17,7 @@ from lib.chat import chat
 from lib.cli import require
 from lib.progress import slow
 from lib.prompts import fillable_ids, read_prompts
-from lib.run import processes
+from lib.run import processes, read_once
 from lib.terminal import printable
 from lib.tokenizer import Tokenizer
 from lib.watch import Bars, Watched
@@ -145,8 +145,9 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         room = special.max_len - gen_length
         require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "
                 f"{special.max_len} positions")
-        prompts = read_prompts(args.prompts, tokenizer, args.raw or gen_length == 0, room,
-                               special.mask_id, fill=True, fill_only=gen_length == 0)
+        prompts = read_once(lambda: read_prompts(
+            args.prompts, tokenizer, args.raw or gen_length == 0, room, special.mask_id, fill=True,
+            fill_only=gen_length == 0))
         return answer_file(args, *variants.values(), prompts, tokenizer, special, device, watched)
     require(processes()[1] == 1, "several processes share the lines of --prompts: pass a file")
     if args.chat:

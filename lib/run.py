@@ -66,6 +66,11 @@ def first_process_first(work: Callable):
     return found if rank == 0 else work()
 
 
+def read_once(read: Callable):
+    """What the first process reads, in all of them: a pipe gives what it has to one alone."""
+    return everyone(first_process_first(lambda: read() if processes()[0] == 0 else None))[0]
+
+
 def local_device(wanted: str | None) -> str | None:
     """The device that this process trains on: a GPU of its own under torchrun, unless one is
     asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -15,8 +16,9 @@ from conftest import awake
 from processes import child, together
 
 import sample
-from lib import batch
+from lib import batch, live, progress
 from lib.answers import Ends, written
+from lib.cli import InputError
 from lib.prompts import Prompt
 from model import load
 
@@ -115,37 +117,57 @@ def test_a_stop_string_ends_the_work_too(text_ckpt, prompts, tmp_path, capsys):
     [row] = rows_of(capsys.readouterr().out)
     assert (row["text"], row["finish_reason"]) == ("", "stop")
     assert row["forwards"] <= 4 < plain["forwards"]
-    assert sample.main(["--ckpt", str(text_ckpt), "--prompt", "x", "--quiet", *ARGV,
-                        "--stop", stop]) == 0
-    assert capsys.readouterr().out == "\n"
+    single = ["--ckpt", str(text_ckpt), "--prompt", "x", "--quiet", *ARGV]
+    assert sample.main([*single, "--stop", stop]) == 0 and capsys.readouterr().out == "\n"
+    assert sample.main([*single, "--stop", "\n\n"]) == 0  # the usual one
+    assert capsys.readouterr().out == plain["text"] + "\n"
 
 
-def test_steps_of_a_watched_memory(text_ckpt, prompts, tmp_path, capsys):
+def test_steps_of_a_watched_memory(text_ckpt, prompts, tmp_path):
     """--show-memory: each line has what its row's slots did, step by step."""
     awake(load(text_ckpt, "cpu")[0], slots=5).save(tmp_path / "m.safetensors")
     argv = ["--memory", tmp_path / "m.safetensors", "--show-memory", "--no-early-stop"]
-    run(text_ckpt, prompts, *argv)
-    rows = [row for row in rows_of(capsys.readouterr().out) if "text" in row]
+    run(text_ckpt, prompts, *argv, "--out", tmp_path / "out")
+    rows = [row for row in rows_of((tmp_path / "out").read_text()) if "text" in row]
+    assert len(rows) == 8
     for row in rows:
         assert [len(step["slots"]) for step in row["steps"]] == [5] * 8
-    run(text_ckpt, prompts, *argv, "--out", tmp_path / "out")
     assert run(text_ckpt, prompts, *argv, "--out", tmp_path / "out") == 1
 
 
 # ------------------------------------------------------------------ runs cut off
-@pytest.mark.parametrize("kept", [0, 1, 3, 5, 8, 9])
-def test_a_run_goes_on_behind_its_last_whole_line(text_ckpt, prompts, tmp_path, capsys, kept):
-    """Half a line is made again; what is whole stays byte for byte; batches are what they were."""
+def test_a_run_goes_on_behind_its_last_whole_line(text_ckpt, prompts, tmp_path, capsys):
+    """Half a line is made again; what is whole stays byte for byte; batches are what they were. A
+    file of prompts may have another name by then."""
     out = tmp_path / "out.jsonl"
     run(text_ckpt, prompts, "--out", out)
     whole = out.read_bytes()
     lines = whole.split(b"\n")
-    out.write_bytes(b"\n".join(lines[:kept] + [lines[kept][:20]]))
-    assert run(text_ckpt, prompts, "--out", out) == 1
-    assert f"has {kept} of 9 lines" in capsys.readouterr().err
-    again = out.read_bytes()
-    assert again.split(b"\n")[:kept] == lines[:kept]
-    assert rows_of(again.decode()) == rows_of(whole.decode())
+    prompts = prompts.rename(tmp_path / "renamed")
+    for kept in (0, 1, 5, 8, 9):
+        out.write_bytes(b"\n".join(lines[:kept] + [lines[kept][:20]]))
+        assert run(text_ckpt, prompts, "--out", out) == 1
+        assert f"has {kept} of 9 lines" in capsys.readouterr().err
+        again = out.read_bytes()
+        assert again.split(b"\n")[:kept] == lines[:kept]
+        again = again.replace(b"renamed", b"prompts.jsonl")
+        assert rows_of(again.decode()) == rows_of(whole.decode())
+
+
+def test_what_is_said_on_the_way(text_ckpt, prompts, tmp_path, capsys, monkeypatch):
+    """How many are done, how fast, and for how long still; what was there counts, no prompt
+    twice."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.001)
+    monkeypatch.setattr(progress, "RARELY", 0.001)
+    out = tmp_path / "out.jsonl"
+    run(text_ckpt, prompts, "--out", out)
+    first = capsys.readouterr().err
+    out.write_text("".join(out.read_text().splitlines(True)[:3]))
+    run(text_ckpt, prompts, "--out", out)
+    for said, start in ((first, 1), (capsys.readouterr().err, 4)):
+        found = re.findall(r"answering, (\d) of 9, [\d.]+ prompts/s, (\d\d):\d\d left: ", said)
+        done = [int(number) for number, _ in found]
+        assert done == sorted(done) and start < done[0] and done[-1] <= 9
 
 
 def test_what_does_not_belong_together(text_ckpt, prompts, tmp_path, cli_fails, capsys):
@@ -223,7 +245,35 @@ def test_two_processes_share_the_lines(text_ckpt, prompts, tmp_path, capsys):
     assert (tmp_path / "two.1").read_text() == ""
 
 
-def test_prompts_that_are_piped_in(text_ckpt, prompts, tmp_path, capsys, monkeypatch):
+def one_fails(rank: int, ckpt: str, prompts: str, out: str) -> None:
+    """The first of two processes is refused something in a batch of its own; the second reads no
+    prompts, which the first does for both."""
+    plain = batch.answers
+
+    def answers(args, decode, found, *rest):
+        if rank == 0 and 8 in found:
+            raise InputError("not finite")
+        return plain(args, decode, found, *rest)
+
+    batch.answers, batch.WINDOW = answers, 2
+    live.read_prompts = live.read_prompts if rank == 0 else None
+    with open(os.devnull if rank == 0 else out + ".1", "w") as sys.stderr:
+        code = run(ckpt, prompts, "--out", out)
+    sys.exit(code)
+
+
+def test_what_ends_one_process_ends_all(text_ckpt, prompts, tmp_path):
+    """In one line, and the answers before it are there."""
+    out = tmp_path / "two"
+    assert together(one_fails, str(text_ckpt), str(prompts), str(out)) == [2, 2]
+    assert (tmp_path / "two.1").read_text() == "error: not finite\n"
+    run(text_ckpt, prompts, "--out", tmp_path / "one")
+    lines = rows_of((tmp_path / "one").read_text())
+    there = rows_of(out.read_text())
+    assert there == lines[:len(there)] and len(there) == 5
+
+
+def test_prompts_that_are_piped_in(text_ckpt, prompts, capsys):
     """- is what comes on stdin."""
     run(text_ckpt, prompts)
     plain = rows_of(capsys.readouterr().out)
