@@ -63,13 +63,18 @@ def written(prompt: list[int], row: list[int], ends: Ends, i: int) -> Written:
     return Written(text, holes + len(kept), reason)
 
 
+def end_tokens(tokenizer: Tokenizer, eos_id: int) -> set[int]:
+    """EOS, and the end of a turn in the chat format."""
+    turn = tokenizer.vocab.get(tokenizer.end_of_turn)
+    return {eos_id} | ({turn} if turn is not None else set())
+
+
 def stop_tokens(folder: Path, tokenizer: Tokenizer, eos_id: int) -> set[int]:
     """EOS, the end of a turn in the chat format, and what generation_config.json calls EOS."""
     file = folder / "generation_config.json"
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
     stated = stated if isinstance(stated, list) else [stated]
-    turn = tokenizer.vocab.get(tokenizer.end_of_turn)
-    return {eos_id, *(token for token in (turn, *stated) if type(token) is int)}
+    return end_tokens(tokenizer, eos_id) | {token for token in stated if type(token) is int}
 
 
 # ------------------------------------------------------------------ what is already known

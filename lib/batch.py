@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from lib import identity
-from lib.answers import Ends, written
+from lib.answers import Ends, end_tokens, written
 from lib.cli import InputError, require
 from lib.data import left_pad
 from lib.files import parse_json, read_json, to_json, write_text
@@ -96,8 +96,8 @@ def answers(args, decode: Callable, batch: list[int], prompts: list[Prompt], tok
             special, device, watched: Watched | None) -> dict[int, dict]:
     """The records of a batch of prompts, by their places in the file."""
     ids, pad = left_pad([prompts[i].ids for i in batch], special.pad_id, device)
-    ends = Ends(tokenizer, special.mask_id, {special.eos_id}, [args.stop] * len(batch),
-                ids.shape[1])
+    ends = Ends(tokenizer, special.mask_id, end_tokens(tokenizer, special.eos_id),
+                [args.stop] * len(batch), ids.shape[1])
     seen: list[list[dict]] = [[] for _ in batch]
 
     def on_step(step) -> bool:

@@ -11,7 +11,7 @@ from typing import Callable, Sequence, TextIO
 
 import torch
 
-from lib.answers import Ends, written
+from lib.answers import Ends, end_tokens, written
 from lib.batch import answer_file
 from lib.chat import chat
 from lib.cli import require
@@ -186,7 +186,8 @@ def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, qui
     start = 0 if (ids == mask_id).any() else ids.shape[1]
     view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay,
                                        Bars(watched) if watched else list)
-    ends, forwards = Ends(tokenizer, mask_id, {eos_id}, [stops], ids.shape[1]), 0
+    ends, forwards = Ends(tokenizer, mask_id, end_tokens(tokenizer, eos_id), [stops],
+                          ids.shape[1]), 0
 
     def on_step(step) -> bool:
         nonlocal forwards

@@ -6,9 +6,11 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import EOS_ID, MASK_ID, byte_tokenizer, checkpoint
 
 import sample
+from lib import live
 from lib.chat import chat
 from lib.cli import InputError
 
@@ -73,6 +75,19 @@ def test_a_line_that_cannot_be_answered(family, tokenizers, said, capsys, monkey
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="closed"):
         conversations(tokenizer)
+
+
+def test_an_answer_ends_with_its_turn(family, tokenizers, capsys):
+    """The marker is no part of it, nor what stands behind."""
+    tokenizer, special = tokenizers[family], Namespace(mask_id=MASK_ID, eos_id=EOS_ID)
+    ids = torch.tensor([tokenizer.chat(turns("one"))])
+
+    def decode(ids, on_step):
+        row = [*tokenizer.answer("Hi"), *tokenizer.encode("you"), EOS_ID]
+        return sample.Sample(torch.cat([ids, torch.tensor([row])], 1), ids, 1, 0.1)
+
+    assert live.show(decode, ids, tokenizer, special) == "Hi"
+    assert capsys.readouterr().out.startswith("Hi\n2 tokens")
 
 
 @pytest.fixture(scope="module")
