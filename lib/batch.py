@@ -70,8 +70,10 @@ def answer_file(args, decode: Callable, prompts: list[Prompt], tokenizer: Tokeni
                     left -= records.keys()
                     if lines:
                         lines.add(records)
-                for _, problem in shared:
-                    require(problem is None, str(problem))
+                if problems := [error for _, error in shared if error]:
+                    everyone(None)  # torchrun ends all when one ends: not before all is written
+                    raise problems[0]
+    everyone(None)
     bad = sum(bool(prompt.error) for prompt in prompts)
     if bad and rank == 0:
         complain(f"{bad} of {len(prompts)} prompts have no answer: their lines say why")

@@ -246,31 +246,36 @@ def test_two_processes_share_the_lines(text_ckpt, prompts, tmp_path, capsys):
 
 
 def one_fails(rank: int, ckpt: str, prompts: str, out: str) -> None:
-    """The first of two processes is refused something in a batch of its own; the second reads no
-    prompts, which the first does for both."""
-    plain = batch.answers
+    """The second of two processes is refused something in a batch of its own, while the first still
+    has a line to write. It reads no prompts, which the first does for both."""
+    plain, write = batch.answers, batch.Lines._write
+
+    def slowly(lines, line):
+        time.sleep(0.1)
+        write(lines, line)
 
     def answers(args, decode, found, *rest):
-        if rank == 0 and 8 in found:
+        if rank == 1 and 6 in found:
             raise InputError("not finite")
         return plain(args, decode, found, *rest)
 
-    batch.answers, batch.WINDOW = answers, 2
+    batch.answers, batch.WINDOW, batch.Lines._write = answers, 2, slowly
     live.read_prompts = live.read_prompts if rank == 0 else None
     with open(os.devnull if rank == 0 else out + ".1", "w") as sys.stderr:
         code = run(ckpt, prompts, "--out", out)
+        print(len(Path(out).read_text().splitlines()), "lines", file=sys.stderr)
     sys.exit(code)
 
 
 def test_what_ends_one_process_ends_all(text_ckpt, prompts, tmp_path):
-    """In one line, and the answers before it are there."""
+    """In one line, once the answers before it are there."""
     out = tmp_path / "two"
     assert together(one_fails, str(text_ckpt), str(prompts), str(out)) == [2, 2]
-    assert (tmp_path / "two.1").read_text() == "error: not finite\n"
+    assert (tmp_path / "two.1").read_text() == "error: not finite\n6 lines\n"
     run(text_ckpt, prompts, "--out", tmp_path / "one")
     lines = rows_of((tmp_path / "one").read_text())
     there = rows_of(out.read_text())
-    assert there == lines[:len(there)] and len(there) == 5
+    assert there == lines[:len(there)] and len(there) == 6
 
 
 def test_prompts_that_are_piped_in(text_ckpt, prompts, capsys):
