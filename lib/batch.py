@@ -27,6 +27,7 @@ from lib.tokenizer import Tokenizer
 from lib.watch import Watched
 
 OURS = {"text", "finish_reason", "tokens", "forwards", "seconds", "batch"}
+TURN = 4     # batches of each of several processes, until they wait for each other
 WINDOW = 32  # batches: within so many, prompts of like length are answered together
 ELSEWHERE = ("out", "prompts", "device", "compile", "quiet", "delay")  # change no answer
 
@@ -55,11 +56,12 @@ def answer_file(args, decode: Callable, prompts: list[Prompt], tokenizer: Tokeni
             "answering", pace, not bar.disable or rank > 0):
         for window in windows(prompts, args.batch_size):
             todo = [batch for batch in window if max(batch) >= done]
-            for share in [[batch] for batch in todo] if world == 1 else [todo[rank::world]]:
+            each = world * (TURN if world > 1 else 1)
+            for start in range(0, len(todo), each):
                 found: dict[int, dict] = {}
                 problem = None
                 try:
-                    for batch in share:
+                    for batch in todo[start:start + each][rank::world]:
                         found |= answers(args, decode, batch, prompts, tokenizer, special, device,
                                          watched)
                 except InputError as error:  # ends all processes, once they have what was found

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 from lib.cli import require
@@ -21,7 +22,7 @@ def data_file(text: str) -> DataFile:
     """The type of files of examples on the command line, comma-separated, also as patterns such as
     chats/*.jsonl: they are read before any model is."""
     found = DataFile(text)
-    found.files = [text] if Path(text).is_file() else [
+    found.files = [text] if os.path.isfile(text) else [
         name for part in text.split(",") for name in sorted(glob.glob(part)) or [part]]
     for name in found.files:
         input_file(name)

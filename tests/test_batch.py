@@ -229,15 +229,16 @@ def test_an_answer_does_not_depend_on_its_batch(text_ckpt, prompts, capsys):
 def shared(rank: int, ckpt: str, prompts: str, out: str) -> None:
     """sample.py in one of two processes; the second has nothing to say."""
     torch.set_num_threads(1)
-    batch.WINDOW = 2
+    batch.WINDOW, batch.TURN = 4, 1
     with open(os.devnull, "w") as sys.stderr, \
             open(os.devnull if rank == 0 else out + ".1", "w") as sys.stdout:
         code = run(ckpt, prompts, "--temperature", "0.7", "--out", out)
     sys.exit(code)
 
 
-def test_two_processes_share_the_lines(text_ckpt, prompts, tmp_path, capsys):
+def test_two_processes_share_the_lines(text_ckpt, prompts, tmp_path, monkeypatch):
     """The output is that of one, and only the first process writes."""
+    monkeypatch.setattr(batch, "WINDOW", 4)
     out = tmp_path / "two"
     assert together(shared, str(text_ckpt), str(prompts), str(out)) == [1, 1]
     run(text_ckpt, prompts, "--temperature", "0.7", "--out", tmp_path / "one")

@@ -196,8 +196,9 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
         assert texts(one) == ["b,c"] and texts(many) == ["a1", "a2"]
         assert texts(f"{tmp_path}/a2.jsonl,{many}") == ["a2", "a1", "a2"]
         assert data_file(many).files == [f"{tmp_path}/a1.jsonl", f"{tmp_path}/a2.jsonl"]
-        with pytest.raises(argparse.ArgumentTypeError, match="nosuch"):
-            data_file(f"{many},{tmp_path}/nosuch.jsonl")
+        for wrong in ("nosuch.jsonl", "nosuch*", "nosuch" * 1000):
+            with pytest.raises(argparse.ArgumentTypeError, match="nosuch"):
+                data_file(f"{many},{tmp_path}/{wrong}")
 
     running.run(check)
 
