@@ -1,8 +1,9 @@
-"""How checkpoints/tiny and checkpoints/haystack were made: a tokenizer, a LLaDA of 0.4 M parameters
-and its pretraining on tasks.
+"""How checkpoints/tiny, haystack and stories were made: a tokenizer, a LLaDA of 0.4 M parameters,
+for stories of 0.9 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
+    python -m studies.pretrain stories --out out/stories      # from nothing, 90 min on one core
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
 
@@ -15,9 +16,9 @@ import argparse
 import json
 import random
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import tokenizers
 import torch
@@ -35,6 +36,7 @@ from model import Backbone, Config, Tokenizer, load, rotate, save
 from tasks import TASKS, Task, draw
 from tasks.haystack import KINDS, Haystack
 from tasks.puzzles import Chain, Follow, Sums
+from tasks.stories import Stories
 from train import fit
 
 # ------------------------------------------------------------------ what is learned
@@ -77,6 +79,9 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
 LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
+STORIES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256}
+STORY_LENGTH = 160  # the longest continuation has some 140 tokens
+POOL = 16  # batches of stories that are drawn together
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
 
@@ -84,13 +89,25 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
 def build_tokenizer() -> Tokenizer:
     """A byte-level BPE in which the puzzles' names are one token each and everything else is one
     byte: any text can be encoded, and every digit is a token of its own."""
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence([
+    # 275 is where the merges end
+    return byte_level([f"{name} {name}" for name in PUZZLES], 1000, pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"[a-z]{3,}|[\s\S]"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator([f"{name} {name}" for name in PUZZLES], trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=2, show_progress=False,  # 275 is where the merges end
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
+
+
+def story_tokenizer() -> Tokenizer:
+    """A byte-level BPE learned from stories: nearly all their words are one token each."""
+    task, rng = Stories(outside=0), random.Random(0)
+    texts = ["".join(task.make(rng)) for _ in range(4000)]
+    return byte_level(texts, 1024, pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def byte_level(texts: list[str], size: int, split: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    """A byte-level BPE of at most `size` tokens, learned from texts."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, min_frequency=2, show_progress=False,
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return Tokenizer(core)
@@ -104,11 +121,11 @@ def build_config(tokenizer: Tokenizer, **changes) -> dict:
 
 
 def write_folder(backbone: Backbone, tokenizer: Tokenizer, folder: Path,
-                 tasks: Iterable[str] = PUZZLES, **changes) -> None:
+                 tasks: Iterable[str] = PUZZLES, length: int = GEN_LENGTH, **changes) -> None:
     """The whole checkpoint: config.json (with `changes`), generation_config.json, which names the
-    `tasks` it was trained on, tokenizer.json and weights."""
+    `tasks` it was trained on and their answers' `length`, tokenizer.json and weights."""
     stated = {"bos_token_id": tokenizer.vocab[SPECIAL[0]], "eos_token_id": backbone.config.eos_id,
-              "max_new_tokens": GEN_LENGTH, "tasks": list(tasks)}
+              "max_new_tokens": length, "tasks": list(tasks)}
     for name, fields in (("config.json", build_config(tokenizer, **changes)),
                          ("generation_config.json", stated)):
         write_text(folder / name, json.dumps(fields, indent=2) + "\n")
@@ -237,6 +254,62 @@ def pretrain(args: argparse.Namespace) -> None:
         print(f"wrote {out}, {config.parameters:,} parameters")
 
 
+def story_batches(tokenizer: Tokenizer, size: int, micros: int, seed: int,
+                  eos_id: int) -> Callable[[int, int], Batch]:
+    """batch(step, micro) of stories that are about as long, so that there is little padding: of
+    POOL batches drawn together, each has a fourth of the beginnings and of the continuations by
+    length. EOS fills the answers to a little more than the longest, in every 16th step to
+    STORY_LENGTH."""
+    @lru_cache(maxsize=1)
+    def pool(index: int) -> list[list[tuple[str, str]]]:
+        rng, batches = random.Random(f"{seed} {index}"), []
+        pairs = sorted((draw("stories", rng, False) for _ in range(POOL * size)),
+                       key=lambda pair: len(pair[0]))
+        for i in range(0, len(pairs), 4 * size):
+            fourth = sorted(pairs[i:i + 4 * size], key=lambda pair: len(pair[1]))
+            batches += [fourth[k:k + size] for k in range(0, 4 * size, size)]
+        return rng.sample(batches, POOL)
+
+    def batch(step: int, micro: int) -> Batch:
+        index, which = divmod(step * micros + micro, POOL)
+        prompts, answers, pad = task_batch(pool(index)[which], tokenizer, eos_id, STORY_LENGTH)
+        longest = int((answers != eos_id).sum(1).max())
+        tail = random.Random(f"{seed} {step} {micro}").randint(1, 12)
+        return prompts, answers[:, :longest + tail if step % 16 else STORY_LENGTH], pad
+
+    return batch
+
+
+def pretrain_stories(args: argparse.Namespace) -> None:
+    """Train the model that writes stories from nothing, and write it to `args.out`."""
+    device, tokenizer, args.micros = device_of(local_device(args.device)), story_tokenizer(), 2
+    config = Config(**config_fields(build_config(tokenizer, **STORIES)))
+    backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
+    look_nearby(backbone, (-1, 1))
+    backbone.to(device)
+    batch = story_batches(tokenizer, args.batch_size, args.micros, args.seed, config.eos_id)
+
+    def loss_fn(step: int, micro: int):
+        generator = torch.Generator().manual_seed(
+            random.Random(f"{args.seed} {step} {micro}").getrandbits(60))
+        return llada_loss(backbone, *move(batch(step, micro), device), generator), {}
+
+    @torch.no_grad()
+    def evaluate(step: int) -> dict[str, float]:
+        data = examples(TASKS["stories"], tokenizer, random.Random(0), 64, True, config.eos_id,
+                        STORY_LENGTH)
+        generator = torch.Generator().manual_seed(0)
+        return {"held_out": llada_loss(backbone, *move(data, device), generator).item()}
+
+    out = Path(args.out)
+    fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
+        lr=args.lr, schedule=trapezoids, warmup=200, micros=args.micros, evaluate=evaluate,
+        settings=run_settings(args, backbone, tokenizer, batch, Backbone, llada_loss))
+    if processes()[0] == 0:
+        write_folder(backbone, tokenizer, out, ["stories"], STORY_LENGTH, **STORIES)
+        print(f"wrote {out}, {config.parameters:,} parameters")
+
+
 def show(args: argparse.Namespace) -> None:
     """Print held-out prompts with a right answer each."""
     rng = random.Random(args.seed)
@@ -249,18 +322,22 @@ def show(args: argparse.Namespace) -> None:
 def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
-    commands = p.add_subparsers(dest="command", required=True, metavar="tiny | haystack | show")
-    for name, steps, what in (
-            ("tiny", 10_500, f"four puzzles; easier sums in the first {STAGE} updates"),
-            ("haystack", 2000, "short haystacks, from checkpoints/tiny on")):
+    commands = p.add_subparsers(dest="command", required=True,
+                               metavar="tiny | haystack | stories | show")
+    for name, run, steps, batch, lr, what in (
+            ("tiny", pretrain, 10_500, 32, 6e-4,
+             f"four puzzles; easier sums in the first {STAGE} updates"),
+            ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
+            ("stories", pretrain_stories, 8000, 16, 2e-3, "little stories")):
         q = commands.add_parser(name, help=what)
-        q.set_defaults(run=pretrain)
+        q.set_defaults(run=run)
         q.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint "
                        "it writes; resumes if killed")
         q.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
-        q.add_argument("--batch-size", type=size, default=32, help="examples per micro-batch, of "
-                       "chain and follow; of the others half as many (default: 32)")
-        q.add_argument("--lr", type=rate, default=6e-4, help="peak of AdamW")
+        q.add_argument("--batch-size", type=size, default=batch, help="examples per micro-batch" + (
+            "" if name == "stories" else ", of chain and follow; of the others half as many") +
+            f" (default: {batch})")
+        q.add_argument("--lr", type=rate, default=lr, help=f"peak of AdamW (default: {lr:g})")
         q.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")
         q.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where "
                        "there is one)")

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tasks.haystack import HAYSTACKS
 from tasks.puzzles import Chain, Follow, Sudoku, Sums
+from tasks.stories import Stories
 
 
 class Task(Protocol):
@@ -28,7 +29,7 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Task] = {"sudoku": Sudoku(), "chain": Chain(), "follow": Follow(), "sums": Sums(),
-                          **HAYSTACKS}
+                          **HAYSTACKS, "stories": Stories()}
 
 
 def find_task(name: str) -> Task:

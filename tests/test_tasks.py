@@ -26,7 +26,8 @@ def examples(name: str, number: int = 60, seed: int = 0) -> list[tuple[str, str]
 
 
 def test_the_built_in_tasks_are_all_tested():
-    """Here, by their own rules; one that joins TASKS by what holds of every task, below."""
+    """Here, by their own rules (stories in test_stories.py); one that joins TASKS by what holds of
+    every task, below."""
     assert {*NAMES, *HAYSTACKS} <= TASKS.keys()
     assert set(HAYSTACKS) == {f"{kind}-{length}" for kind in KINDS for length in LENGTHS}
     assert max(LENGTHS) >= 4 * 64

@@ -1,0 +1,219 @@
+"""The stories: what the grammar writes, what its check finds in them and in what others wrote."""
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from tasks import TASKS, draw, is_held_out
+from tasks.stories import (BOYS, COLOURS, DIFFERENT, FACTS, GIRLS, OUTSIDE, PLOTS, SENTENCE, SHAPES,
+                           Stories, read, violations)
+
+STORY = TASKS["stories"]
+OURS = Stories(outside=0)
+
+
+def examples(number: int, seed: int = 0, task: Stories = STORY) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    return [task.make(rng) for _ in range(number)]
+
+
+def kinds(prompt: str, text: str) -> set[str]:
+    return {violation.kind for violation in violations(prompt, text)}
+
+
+# ------------------------------------------------------------------ what is written
+@pytest.mark.parametrize("number", [2000, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_no_story_of_the_grammar_is_blamed(number):
+    """Beginnings from inside and outside, cut anywhere: what belongs to them is right."""
+    for prompt, rest in examples(number, seed=number):
+        assert violations(prompt, rest) == [] and STORY.check(prompt, rest), (prompt, rest)
+
+
+def test_every_sentence_is_written_and_recognised():
+    """Each of the table, whatever is chosen for it, says the facts that it was filled with; its
+    shape is met in some story."""
+    rng = random.Random(0)
+    assert len(SHAPES) > 200 and len(PLOTS) == 8
+    for text, shape in SHAPES.items():
+        for _ in range(5):
+            facts = Stories._facts(rng)
+            said = shape.facts(Stories._fill(text, rng, facts))
+            assert said is not None
+            assert all(facts[about] == value for _, (_, about, value) in said if about in facts)
+    written = " ".join(prompt + rest for prompt, rest in examples(1500))
+    starts = [re.sub(r"[{\[].*", "", text) for text in SHAPES]
+    assert all(start in written for start in starts)
+
+
+def test_stories_are_short():
+    """5 to 9 sentences, and two or three more where they begin with something else."""
+    counts = {len(SENTENCE.split(prompt + rest)) for prompt, rest in examples(500, task=OURS)}
+    assert min(counts) >= 5 and max(counts) == 9
+    assert max(len(SENTENCE.split(prompt + rest)) for prompt, rest in examples(500)) <= 12
+
+
+def test_stories_follow_their_seed():
+    """The same seed gives the same stories, another one others, and they hardly repeat."""
+    assert examples(20) == examples(20) != examples(20, seed=1)
+    assert len({prompt + rest for prompt, rest in examples(300)}) == 300
+
+
+def test_beginnings_are_cut_anywhere():
+    """Behind a sentence, within one, after a word or two, before a comma, behind a blank."""
+    prompts = [prompt for prompt, _ in examples(600)]
+    whole = [prompt for prompt in prompts if prompt.endswith(".")]
+    assert 0.3 < len(whole) / 600 < 0.7
+    assert {"Once", "Once upon a time", "There was", "Tom"} <= {
+        prompt for prompt, _ in examples(6000, task=OURS)}
+    assert any(prompt.endswith(" ") for prompt in prompts) and all(prompts)
+    assert sum("Once upon a time" in prompt for prompt in prompts) < 200
+
+
+def test_training_and_held_out_are_disjoint():
+    """No hero has a thing of a colour on both sides; one story in eight is held out."""
+    sides = {side: {STORY.split_key(*draw(STORY, rng, side)) for _ in range(400)}
+             for side in (True, False) for rng in [random.Random(f"{side}")]}
+    assert not sides[True] & sides[False]
+    assert all(len(key.split()) == 3 for side in sides.values() for key in side)
+    share = sum(is_held_out(STORY, *example) for example in examples(1500)) / 1500
+    assert 0.085 < share < 0.165
+
+
+# ------------------------------------------------------------------ what is found
+WORDS = {"name": BOYS + GIRLS, "colour": COLOURS, "owner": [name + "'s" for name in BOYS + GIRLS],
+         "thing": FACTS["kite"][1], "animal": FACTS["fox"][1],
+         "place": FACTS["the park"][1] + FACTS["the pond"][1] + FACTS["by the gate"][1]}
+
+
+def planted(kind: str, prompt: str, rest: str) -> str | None:
+    """The rest with the last word of a kind replaced by another one, None where that contradicts
+    nothing: the word was not said before."""
+    words = next(words for words in (FACTS["the park"][1], FACTS["the pond"][1],
+                                     FACTS["by the gate"][1], WORDS[kind])
+                 if kind != "place" or any(word in rest for word in words) or words is WORDS[kind])
+    words = words if kind == "place" else WORDS[kind]
+    found = [*re.finditer(rf"\b({'|'.join(words)})(?!\w|'s)", rest)]
+    if not found:
+        return None
+    last, said = found[-1], prompt + rest[:found[-1].start()]
+    if not re.search(rf"\b{last[0].removesuffix(chr(39) + 's')}\b", said):
+        return None
+    other = next(word for word in words if word.removesuffix("'s") not in prompt + rest)
+    return rest[:last.start()] + other + rest[last.end():]
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_word_that_contradicts_is_found(kind):
+    """Another name, colour, owner, thing, animal or place than before, in every story that says
+    one twice."""
+    tried = 0
+    for prompt, rest in examples(150, task=OURS):
+        wrong = planted(kind, prompt, rest)
+        if wrong is not None:
+            assert kind in kinds(prompt, wrong), (prompt, wrong)
+            tried += 1
+    assert tried > 10
+
+
+@pytest.mark.parametrize("word, other", [("he", "she"), ("she", "he"), ("He", "She"), ("She", "He"),
+                                         ("his", "her"), ("him", "her"), ("His", "Her")])
+def test_a_wrong_pronoun_is_found(word, other):
+    """Each in turn, in every story that has one behind a name."""
+    tried = 0
+    for prompt, rest in examples(150, task=OURS):
+        for found in re.finditer(rf"\b{word}\b", rest):
+            wrong = rest[:found.start()] + other + rest[found.end():]
+            assert "pronoun" in kinds(prompt, wrong), (prompt, wrong)
+            tried += 1
+    assert tried > 10
+
+
+def test_a_broken_sentence_is_found():
+    """A word that no story has, a letter too few, no space between two sentences."""
+    for prompt, rest in examples(100, task=OURS):
+        for at in [m.start() for m in re.finditer(" ", rest)][1::5]:
+            assert "grammar" in kinds(prompt, rest[:at] + " indeed" + rest[at:])
+        assert "grammar" in kinds(prompt, rest[:-2] + ".")
+        assert "grammar" in kinds(prompt, rest.replace(". ", ".", 1))
+
+
+def test_a_broken_plot_is_found():
+    """No end, an end too many, a sentence twice, two in the wrong order, one from another plot."""
+    for prompt, rest in examples(100, task=OURS):
+        first, *sentences = SENTENCE.split(rest)
+        for wrong in (sentences[:-1], sentences + sentences[-1:], sentences[:1] + sentences,
+                      sentences[::-1], [*sentences[:-1], "But that is another story."]):
+            assert "plot" in kinds(prompt, " ".join([first, *wrong])), wrong
+
+
+def test_what_is_wrong_is_named():
+    """The kind and the word, in the order of the text."""
+    prompt = "Once upon a time, there was a girl named Lily. Lily had a red kite."
+    rest = (" One sunny day, Anna took the kite to the park. When he looked away, a fox carried off"
+            " his kite. Lily followed the cat all over the farm. So Lily gave the fox a nut and got"
+            " the blue kite back. The kite can fly. And Lily loved her red drum more than ever.")
+    assert [tuple(v) for v in violations(prompt, rest)] == [
+        ("name", "Anna"), ("pronoun", "he"), ("pronoun", "his"), ("animal", "cat"),
+        ("place", "the farm"), ("colour", "blue"), ("grammar", "The kite can fly."),
+        ("thing", "drum")]
+    assert violations(prompt, "") == [("plot", "")]
+    assert ("owner", "Nora's") in violations(prompt, " Then a hungry fox took Nora's kite and ran "
+                                                     "away.")
+    assert ("pronoun", "girl") in violations("", "Tom was a kind little girl.")
+
+
+# ------------------------------------------------------------------ other beginnings
+STORIES = [prompt + rest for prompt, rest in examples(5, task=OURS)]
+
+
+@pytest.mark.parametrize("story", STORIES, ids=range(5))
+def test_a_story_may_be_cut_at_any_letter(story):
+    """What is judged is the whole; what the beginning says holds for the rest."""
+    for cut in range(0, len(story), 3):
+        assert violations(story[:cut], story[cut:]) == []
+
+
+FOREIGN = ["There was a dragon", "x = 3;", "Sarah", "Lily had an orange cat.", "A b. C d! E",
+           "Tom was a girl. She had a dragon.", "\"What?\" said the dragon.", "数", "Once upon a",
+           "Anna had a red kite. Her kite was blue"]
+
+
+@pytest.mark.parametrize("prompt", FOREIGN)
+def test_behind_another_beginning_the_rest_is_judged(prompt):
+    """A story of its own is right, with names of its own; its contradictions are found; and what
+    was no sentence cannot be made one but by breaking off."""
+    dots = "" if prompt[-1] in ".!?" else "..."
+    for story in STORIES:
+        assert violations(prompt, f"{dots} But that is another story. {story}") == []
+        assert violations(prompt, f"{dots} {story}") == []
+        assert "plot" in kinds(prompt, f"{dots} But that is another story.")
+        wrong = planted("name", "", story)
+        assert kinds(prompt, f"{dots} {wrong}") >= {"name"}
+        assert "grammar" in kinds(prompt, f" indeed. {story}")
+
+
+def test_most_prefaces_are_no_story():
+    """What stands for other beginnings has a word that no story has."""
+    known = " ".join(SHAPES) + " ".join(word for _, words in FACTS.values() for word in words)
+    assert not set(OUTSIDE) & set(re.findall(r"\w+", known))
+    outside = [prompt for prompt, _ in examples(50, task=Stories(outside=1))]
+    assert all(not read(prompt, "").facts or "story" in prompt for prompt in outside)
+
+
+def test_the_check_survives_any_text():
+    """What an untrained model writes is wrong, and no crash."""
+    for prompt in ("Once upon a time", "", " ", "Lily had a red kite. "):
+        for text in ("", " ", ".", "...", "\x00", "é ░ 数", "kite" * 99, ". " * 99, "\n\n", "\"",
+                     "{Tom}", "[once |]", "Lily"):
+            assert STORY.check(prompt, text) is False
+
+
+def test_two_that_differ_are_never_the_same():
+    """Hero and friend, both colours, both hiding places."""
+    for one, two in DIFFERENT.items():
+        facts = [Stories._facts(random.Random(seed)) for seed in range(50)]
+        assert all(chosen[one] != chosen[two] for chosen in facts)
+    assert "name" in kinds("Tom was a kind little boy. Tom had a red kite.",
+                           " On the way to the park, Tom met his friend Tom.")
