@@ -14,7 +14,9 @@ shapes.
 from __future__ import annotations
 
 import functools
+import random
 import re
+from string import ascii_lowercase
 from typing import NamedTuple
 
 # ------------------------------------------------------------------ the facts
@@ -41,6 +43,7 @@ FACTS = {  # example: (kind of the violation where it changes, what it may be)
     "the pond": ("place", ["the pond", "the lake", "the river", "the stream", "the canal"]),
     "under the bench": ("place", SPOTS),
     "by the gate": ("place", SPOTS)}
+SEXES = "boy", "girl"
 PRONOUNS = {"he": ("Tom", "he", "she"), "his": ("Tom", "his", "her"), "him": ("Tom", "him", "her"),
             "boy": ("Tom", "boy", "girl"), "she": ("Anna", "he", "she"),
             "her": ("Anna", "his", "her")}  # example: (who, the word for a boy, for a girl)
@@ -77,8 +80,7 @@ FRIEND = (
     "{His} {friend} {Anna} lived [next door|across the street|nearby].",
     "{He} often played with {his} {friend} {Anna}.",
     "{Anna} was {his} {friend}, and {she} liked the {kite} too.",
-    "{His} [best |dear |]{friend} was called {Anna}.",
-    "{Tom} had a {friend} named {Anna}.")
+    "{His} [best |dear |]{friend} was called {Anna}.", "{Tom} had a {friend} named {Anna}.")
 GO = (
     "One [sunny |windy |cold |fine |]day, {Tom} took the {kite} to {the park}.",
     "[On Sunday|In spring|One morning], {Tom} carried the {kite} to {the park}.",
@@ -93,16 +95,14 @@ MEET = (
 SAD = (
     "", "{Tom} was [very |so |]sad.", "{He} [began to cry|cried and cried|could not stop crying].",
     "\"Oh no, my {red} {kite}!\" cried {Tom}.", "{Tom} did not know what to do.",
-    "Big tears ran down {his} face.",
-    "\"My {grandmother} gave it to me,\" {he} said sadly.")
+    "Big tears ran down {his} face.", "\"My {grandmother} gave it to me,\" {he} said sadly.")
 COMFORT = (
     "", "\"Do not [cry|worry|be sad], {Tom},\" said {Anna}.", "{Anna} took {his} hand.",
     "\"I will help you, {Tom},\" said {Anna}.", "{Anna} saw that {Tom} was sad.",
     "But {Anna} only smiled, for {she} had an idea.")
 THANKS = (
     "", "\"Thank you, {Anna},\" said {Tom}.", "{Tom} hugged {Anna} and [laughed|smiled].",
-    "\"You are a good {friend}, {Anna},\" said {Tom}.",
-    "{Tom} jumped for joy, and {Anna} laughed.",
+    "\"You are a good {friend}, {Anna},\" said {Tom}.", "{Tom} jumped for joy, and {Anna} laughed.",
     "{Tom} was so happy that {he} [danced|sang|clapped {his} hands].")
 END = (
     "From then on, {he} took good care of {his} {red} {kite}.",
@@ -286,17 +286,35 @@ ANYWHERE = frozenset((plot, i) for plot, stages in PLOTS.items()
 SENTENCE = re.compile(r"""(?<=[.!?])\s+(?=["A-Z])|(?<=[.!?]")\s+(?=["A-Z])""")  # between two
 
 
+def capital(word: str) -> str:
+    """As at the beginning of a sentence."""
+    return word[0].upper() + word[1:]
+
+
+CAPITALS = {capital(example): example for example in (*FACTS, *PRONOUNS)}
+
+
 def meanings(example: str) -> dict[str, list[Fact]]:
     """The words that may stand for an example, each with what it says."""
     if example in PRONOUNS:
-        who, boy, girl = PRONOUNS[example]
-        return {boy: [("pronoun", who + "'s sex", "boy")],
-                girl: [("pronoun", who + "'s sex", "girl")]}
+        who, *words = PRONOUNS[example]
+        return {word: [("pronoun", f"{who}'s sex", sex)] for word, sex in zip(words, SEXES)}
     kind, words = FACTS[example]
-    if words is not NAMES:
-        return {word: [(kind, example, word)] for word in words}
-    return {word: [(kind, example, word), ("pronoun", example + "'s sex",
-                                           "boy" if word in BOYS else "girl")] for word in words}
+    said = {word: [(kind, example, word)] for word in words}
+    if words is NAMES:
+        for name, facts in said.items():
+            facts.append(("pronoun", f"{example}'s sex", SEXES[name in GIRLS]))
+    return said
+
+
+def slot(example: str, ending: str) -> dict[str, list[Fact]]:
+    """The words for a place in a sentence: {kite}, {He}, or {Tom}'s, where another name would be
+    another owner."""
+    words = meanings(CAPITALS.get(example, example))
+    if example in CAPITALS:
+        words = {capital(word): said for word, said in words.items()}
+    return {word + ending: [("owner" if ending and kind == "name" else kind, *fact)
+                            for kind, *fact in said] for word, said in words.items()}
 
 
 class Shape:
@@ -306,26 +324,16 @@ class Shape:
         pattern, self.slots = "", []
         for piece in re.split(r"(\{.*?\}(?:'s)?|[][|])", text):
             if piece.startswith("{"):
-                example = piece[1:piece.index("}")]
-                lower = example if example in FACTS else example[0].lower() + example[1:]
-                words = meanings(lower)
-                if lower != example:
-                    words = {word[0].upper() + word[1:]: said for word, said in words.items()}
-                if piece.endswith("'s"):
-                    words = {word + "'s": [("owner", *fact[1:]) if fact[0] == "name" else fact
-                                           for fact in said] for word, said in words.items()}
-                self.slots.append(words)
-                pattern += f"({'|'.join(words)})"
+                self.slots.append(slot(*piece[1:].split("}")))
+                pattern += f"({'|'.join(self.slots[-1])})"
             else:
-                pattern += {"[": "(?:", "]": ")"}.get(piece, piece if piece == "|"
-                                                      else re.escape(piece))
-        self.pattern = re.compile(pattern)
+                pattern += {"[": "(?:", "|": "|", "]": ")"}.get(piece, re.escape(piece))
+        self.match = re.compile(pattern).fullmatch
 
-    def facts(self, sentence: str) -> list[tuple[str, Fact]] | None:
-        """(word, what it says) of a sentence, None where it has another shape."""
-        match = self.pattern.fullmatch(sentence)
-        return match and [(word, fact) for word, said in zip(match.groups(), self.slots) if word
-                          for fact in said[word]]
+    def facts(self, match: re.Match) -> list[tuple[str, Fact]]:
+        """(word, what it says) of a sentence that has this shape."""
+        return [(word, fact) for word, said in zip(match.groups(), self.slots) if word
+                for fact in said[word]]
 
 
 SHAPES = {text: Shape(text) for stages in PLOTS.values() for stage in stages for text in stage
@@ -333,7 +341,7 @@ SHAPES = {text: Shape(text) for stages in PLOTS.values() for stage in stages for
 
 
 @functools.cache
-def following(places: frozenset[Place]) -> dict[str, frozenset[Place]]:
+def following(places: frozenset[Place]) -> list[tuple[Shape, frozenset[Place]]]:
     """The sentences that may come next, and where the story stands after each."""
     found: dict[str, set[Place]] = {}
     for plot, last in places:
@@ -342,7 +350,7 @@ def following(places: frozenset[Place]) -> dict[str, frozenset[Place]]:
                 found.setdefault(text, set()).add((plot, i))
             if "" not in PLOTS[plot][i]:
                 break
-    return {text: frozenset(after) for text, after in found.items()}
+    return [(SHAPES[text], frozenset(after)) for text, after in found.items()]
 
 
 # ------------------------------------------------------------------ reading
@@ -363,11 +371,10 @@ class Reading(NamedTuple):
     def after(self, sentence: str, places: frozenset[Place]) -> list[Reading]:
         """The readings of a sentence that comes next, if the story stands at one of `places`."""
         found = []
-        for text, reached in following(places).items():
-            said = SHAPES[text].facts(sentence)
-            if said is not None:
+        for shape, reached in following(places):
+            if match := shape.match(sentence):
                 facts, wrong = dict(self.facts), list(self.wrong)
-                for word, (kind, about, value) in said:
+                for word, (kind, about, value) in shape.facts(match):
                     twin = facts.get(DIFFERENT.get(about, ""))
                     if facts.setdefault(about, value) != value or twin == value:
                         wrong.append(Violation(kind, word))
@@ -378,7 +385,7 @@ class Reading(NamedTuple):
         """The same with one more violation. What is no sentence may stand for one of the next."""
         places = self.places
         if kind == "grammar":
-            places = places.union(*following(places).values())
+            places = places.union(*(reached for _, reached in following(places)))
         return self._replace(places=places, wrong=(*self.wrong, Violation(kind, sentence)))
 
 
@@ -420,77 +427,76 @@ OUTSIDE = ("dragon princess castle space ship planet king computer three seven o
            "code please write why moon orange pizza English witch flew eat Peter elephant 1 "
            "Hello").split()
 SENTENCES = 6, 9  # of a story, where its plot can do with the fewer
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def choose_facts(rng: random.Random) -> dict[str, str]:
+    """What stands for every example, also where it begins a sentence."""
+    facts = {example: rng.choice(words) for example, (_, words) in FACTS.items()}
+    for one, two in DIFFERENT.items():
+        while facts[one] == facts[two]:
+            facts[one] = rng.choice(FACTS[one][1])
+    for example, (who, *words) in PRONOUNS.items():
+        facts[example] = words[facts[who] in GIRLS]
+    return facts | {capital(example): capital(word) for example, word in facts.items()}
+
+
+def fill(text: str, rng: random.Random, facts: dict[str, str]) -> str:
+    """A sentence of the table with its choices made and its facts filled in."""
+    text = re.sub(r"\[(.*?)\]", lambda found: rng.choice(found[1].split("|")), text)
+    return text.format_map(facts)
+
+
+def tell(rng: random.Random) -> list[str]:
+    """The sentences of a story. One without an opening begins with the hero's name."""
+    facts, stages = choose_facts(rng), rng.choice(list(PLOTS.values()))[1:]
+    story = [fill(rng.choice(stage), rng, facts) for stage in stages]
+    while not story[0] and facts["Tom"] not in story[1]:
+        story[0] = fill(rng.choice(OPEN), rng, facts)
+    extra = [i for i, stage in enumerate(stages) if i and story[i] and "" in stage]
+    over = sum(map(bool, story)) - rng.randint(*SENTENCES)
+    for i in rng.sample(extra, min(max(over, 0), len(extra))):
+        story[i] = ""
+    return [sentence for sentence in story if sentence]
+
+
+def mumble(rng: random.Random, story: list[str]) -> str:
+    """The beginning of a sentence with at least one word that no story has."""
+    words = rng.choice(story[:3]).rstrip(".").split()
+    words, share = words[:rng.randint(1, len(words))], rng.random()
+    foreign = rng.randrange(len(words))
+    for i in range(len(words)):
+        if i == foreign or rng.random() < share:
+            words[i] = (rng.choice(OUTSIDE) if rng.random() < 0.7 else
+                        "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9))))
+    text = " ".join(words) + rng.choice(["", "", "", ".", "!", "?"])
+    return capital(text) if rng.random() < 0.8 else text
 
 
 class Stories:
-    """A beginning, and a story to its end; `outside` is the share of beginnings that are none of
-    the grammar's, of words or letters at random. The split is by hero, colour and thing."""
+    """The beginning of a story and the rest of it. `outside` is the share of beginnings that no
+    story has: the rest says so, and tells another. The split is by hero, colour and thing."""
 
     def __init__(self, outside: float = 0.1):
         self.outside = outside
 
     def make(self, rng):
-        story = self._story(rng)
-        text, outside = " ".join(story), rng.random() < self.outside
-        preface = " ".join(self._preface(rng, story)
-                           for _ in range(rng.choice([1, 1, 2]) * outside))
+        story = tell(rng)
+        text, outside, number = " ".join(story), rng.random() < self.outside, rng.choice([1, 1, 2])
+        preface = " ".join(mumble(rng, story) for _ in range(number * outside))
         if outside:
-            bridge = self._fill(rng.choice(BRIDGE), rng, {})
-            text = preface + ("" if preface[-1] in ".!?" else "...") + f" {bridge} {text}"
+            dots = "" if preface[-1] in ".!?" else "..."
+            text = f"{preface}{dots} {fill(rng.choice(BRIDGE), rng, {})} {text}"
         if outside and rng.random() < 0.7:
             cut = len(preface)
         elif not outside and rng.random() < 0.5:
             cut = len(" ".join(story[:rng.randint(1, 3)]))
         else:  # behind any word, most often one of the first
-            spaces = [i for i, c in enumerate(text) if c == " "]
+            spaces = [i for i, letter in enumerate(text) if letter == " "]
             cut = spaces[preface.count(" ") + rng.randrange(rng.randint(1, 24))]
             if not outside and rng.random() < 0.5:
                 cut = len(text[:cut].rstrip(".,!?\""))
         cut += text[cut] == " " and rng.random() < 0.05
         return text[:cut], text[cut:]
-
-    @staticmethod
-    def _facts(rng) -> dict[str, str]:
-        """What stands for every example."""
-        chosen = {example: rng.choice(words) for example, (_, words) in FACTS.items()}
-        for one, two in DIFFERENT.items():
-            while chosen[one] == chosen[two]:
-                chosen[one] = rng.choice(FACTS[one][1])
-        for example, (who, boy, girl) in PRONOUNS.items():
-            chosen[example] = boy if chosen[who] in BOYS else girl
-        return chosen | {example[0].upper() + example[1:]: word[0].upper() + word[1:]
-                         for example, word in chosen.items() if example[0].islower()}
-
-    def _story(self, rng) -> list[str]:
-        facts, stages = self._facts(rng), rng.choice(list(PLOTS.values()))[1:]
-        sentences = [self._fill(rng.choice(stage), rng, facts) for stage in stages]
-        while not sentences[0] and facts["Tom"] not in sentences[1]:
-            sentences[0] = self._fill(rng.choice(OPEN), rng, facts)
-        extra = [i for i, stage in enumerate(stages) if i and sentences[i] and "" in stage]
-        over = sum(map(bool, sentences)) - rng.randint(*SENTENCES)
-        for i in rng.sample(extra, min(max(over, 0), len(extra))):
-            sentences[i] = ""
-        return [sentence for sentence in sentences if sentence]
-
-    @staticmethod
-    def _fill(shape: str, rng, facts: dict[str, str]) -> str:
-        if "[" in shape:
-            shape = re.sub(r"\[(.*?)\]", lambda m: rng.choice(m[1].split("|")), shape)
-        return shape.format_map(facts)
-
-    @staticmethod
-    def _preface(rng, story: list[str]) -> str:
-        """The beginning of a sentence, with at least one word that no story has."""
-        words = rng.choice(story[:3]).rstrip(".").split()
-        words, share = words[:rng.randint(1, len(words))], rng.random()
-        foreign = rng.randrange(len(words))
-        for i in range(len(words)):
-            if i == foreign or rng.random() < share:
-                words[i] = (rng.choice(OUTSIDE) if rng.random() < 0.7 else
-                            "".join(rng.choices(LETTERS, k=rng.randint(2, 9))))
-        text = " ".join(words) + rng.choice(["", "", "", ".", "!", "?"])
-        return text[0].upper() + text[1:] if rng.random() < 0.8 else text
 
     def check(self, prompt, text):
         return not violations(prompt, text)

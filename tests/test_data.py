@@ -337,11 +337,15 @@ class Ragged(Reverse):
 @pytest.mark.parametrize("task", [*TASKS.values(), Reverse()], ids=[*TASKS, "from outside"])
 @pytest.mark.parametrize("held_out", [True, False])
 def test_batches_hold_prompts_and_answers(task, tiny, held_out):
-    """Prompts of one length, answers that fit with EOS behind them, all from the side asked for."""
-    rng = random.Random(3)
+    """Prompts of one length but those of stories, answers that fit with EOS behind them, all from
+    the side asked for."""
+    rng, story = random.Random(3), task is TASKS["stories"]
+    length = 999 if story else LENGTH  # of a story, letter by letter
     pairs = [draw(task, rng, held_out) for _ in range(15)]
-    prompts, answers, pad = task_batch(pairs, tiny, 1, LENGTH)
-    assert prompts.shape[0] == 15 and answers.shape == (15, LENGTH) and pad is None
+    prompts, answers, pad = task_batch(pairs, tiny, 1, length)
+    assert prompts.shape[0] == 15 and answers.shape == (15, length) and (pad is None) != story
+    if story:
+        prompts = [prompt[~hidden] for prompt, hidden in zip(prompts, pad)]
     for prompt, row, pair in zip(prompts, answers.tolist(), pairs):
         assert 1 in row  # an end that the model learns to write
         answer = row[:row.index(1)]

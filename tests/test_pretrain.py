@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -19,10 +20,11 @@ from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
-from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, PUZZLES, SHORT, SPECIAL, STAGE,
-                              build_config, llada_loss, look_nearby, puzzle, short_haystack,
-                              trapezoids, write_folder)
-from tasks import TASKS, draw
+from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT, SPECIAL,
+                              STAGE, STORIES, STORY_LENGTH, build_config, llada_loss, look_nearby,
+                              puzzle, short_haystack, story_batches, story_tokenizer, trapezoids,
+                              write_folder)
+from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from train import fit
 
@@ -30,6 +32,12 @@ from train import fit
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return pretrain.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    """The stories' tokenizer."""
+    return story_tokenizer()
 
 
 def fresh(tokenizer: Tokenizer, **sizes) -> Backbone:
@@ -89,16 +97,19 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
     assert loaded.config.parameters == sum(p.numel() for p in backbone.parameters())
 
 
-@pytest.mark.parametrize("name, changes, tasks", [
-    ("tiny", {}, PUZZLES), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS)])
-def test_the_shipped_folders_are_what_is_written(name, changes, tasks, tokenizer, tmp_path):
+@pytest.mark.parametrize("name, changes, tasks, length", [
+    ("tiny", {}, PUZZLES, 24), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS, 24),
+    ("stories", STORIES, ["stories"], 160)])
+def test_the_shipped_folders_are_what_is_written(name, changes, tasks, length, tokenizer, words,
+                                                 tmp_path):
     """Config, tokenizer and what is stated; the weights took longer than a test."""
-    write_folder(load(name, "cpu")[0], tokenizer, tmp_path, tasks, **changes)
+    tokenizer = words if name == "stories" else tokenizer
+    write_folder(load(name, "cpu")[0], tokenizer, tmp_path, tasks, length, **changes)
     for file in ("config.json", "tokenizer.json", "generation_config.json"):
         written, shipped = (json.loads((folder / file).read_text())
                             for folder in (tmp_path, CHECKPOINTS[name]))
         assert written == shipped
-    assert stated(name) == (24, list(tasks)) and all(task in TASKS for task in tasks)
+    assert stated(name) == (length, list(tasks)) and all(task in TASKS for task in tasks)
 
 
 # ------------------------------------------------------------------ what pretraining starts from
@@ -317,3 +328,44 @@ def test_pretraining_on_haystacks(few, tmp_path):
     assert {*KINDS, "text"} <= first.keys()
     assert {f"held_out_{kind}" for kind in KINDS} <= last.keys()
     assert stated(tmp_path).tasks == [f"{kind}-64" for kind in KINDS]
+
+
+# ------------------------------------------------------------------ stories
+def test_batches_of_stories_have_little_padding(words):
+    """Each step has its own stories, none of them held out, whole and with an end; more than two
+    thirds of a batch are text, and every 16th step goes up to the full length."""
+    task, text, all_, seen = TASKS["stories"], 0, 0, set()
+    batch = story_batches(words, 8, 2, 0, 1)
+    for step in range(1, 1 + POOL // 2):
+        for micro in range(2):
+            prompts, answers, pad = batch(step, micro)
+            text += int((answers != 1).sum() + (prompts != 1).sum())
+            all_ += answers.numel() + prompts.numel()
+            assert (answers[:, -1] == 1).all() and answers.shape[1] <= STORY_LENGTH
+            prompt, story = (words.decode(ids[0], True) for ids in (prompts, answers))
+            assert task.check(prompt, story) and not is_held_out(task, prompt, story)
+            seen.add(prompt + story)
+    assert text / all_ > 0.66 and len(seen) == POOL
+    assert batch(16, 0)[1].shape[1] == STORY_LENGTH
+    assert torch.equal(story_batches(words, 8, 2, 0, 1)(3, 1)[1], batch(3, 1)[1])
+
+
+def test_words_of_stories_are_one_token(words):
+    """Nearly all of them, with the space before them; and any text comes back."""
+    assert all(words.decode(words.encode(text)) == text for text in TEXTS)
+    rng = random.Random(1)
+    stories = ["".join(TASKS["stories"].make(rng)) for _ in range(100)]
+    lengths = [len(words.encode(story)) for story in stories]
+    assert 60 <= min(lengths) and max(lengths) <= STORY_LENGTH + 20
+    assert sum(lengths) < 1.1 * sum(len(re.findall(r"\w+|[^\w\s]+", text)) for text in stories)
+
+
+def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):
+    """Two updates write a checkpoint that states its task and its length."""
+    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
+    assert pretrain.main(["stories", "--out", str(tmp_path), "--steps", "2", "--batch-size", "1",
+                          "--device", "cpu"]) == 0
+    backbone, _ = load(tmp_path, "cpu")
+    assert backbone.config.layers == 1 and stated(tmp_path) == (STORY_LENGTH, ["stories"])
+    assert "held_out" in metrics_of(tmp_path / "pretraining")[-1]
