@@ -79,7 +79,8 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
 LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
-STORIES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256}
+STORIES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256,
+           "rope_theta": 10000.0}
 STORY_LENGTH = 160  # the longest continuation has some 140 tokens
 POOL = 16  # batches of stories that are drawn together
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
@@ -286,6 +287,9 @@ def pretrain_stories(args: argparse.Namespace) -> None:
     config = Config(**config_fields(build_config(tokenizer, **STORIES)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
     look_nearby(backbone, (-1, 1))
+    # ours: as long as what the blocks add. At a length of 1 no later layer sees which word it was:
+    # after 1,000 updates the model knew where a name has to stand, and wrote any
+    backbone.embedding.weight.data *= config.dim ** 0.5
     backbone.to(device)
     batch = story_batches(tokenizer, args.batch_size, args.micros, args.seed, config.eos_id)
 
