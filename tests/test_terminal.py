@@ -210,7 +210,8 @@ def test_no_command_is_silent_for_long(impatient, capsys, tmp_path):
     (tmp_path / "x").write_text("a\nb\n")
     args = sampling_parser("", ["random"], []).parse_args(["--prompts", str(tmp_path / "x")])
     assert answer_prompts(args, {"": slowly}, tokenizer, special, "cpu", 8, {}, None, None) == 0
-    assert re.search(r"answering, 1 of 2, \S+ prompts/s, \d+ s left: ", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"answering, 1 of 2, \S+ prompts/s, \d\d:\d\d left: ", said)
     for quiet in (True, False):
         show(slowly, torch.tensor([[97]]), tokenizer, special, quiet)
         assert "answering, 1 forwards: " in capsys.readouterr().err
