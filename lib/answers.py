@@ -5,6 +5,8 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+import torch
+
 from lib.cli import InputError
 from lib.files import parse_json, read_json, to_json
 from lib.tokenizer import Tokenizer
@@ -75,6 +77,21 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer, eos_id: int) -> set[int]:
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
     stated = stated if isinstance(stated, list) else [stated]
     return end_tokens(tokenizer, eos_id) | {token for token in stated if type(token) is int}
+
+
+HOLDS = ("no", "late", "never")
+
+
+def held(hold: str, eos_id: int, tokenizer: Tokenizer, device) -> dict:
+    """The options of `generate` that hold EOS back: "late", LLaDA's `confidence_eos_eot_inf`, has
+    it and the end of a turn committed last; "never", its `logits_eos_inf`, which leaves the end of
+    a turn, has it not written at all."""
+    if hold == "late":
+        return {"late": sorted(end_tokens(tokenizer, eos_id))}
+    if hold == "never":
+        index = torch.tensor([eos_id], device=device)
+        return {"adjust": lambda logits, ids: logits.index_fill(-1, index, -torch.inf)}
+    return {}
 
 
 # ------------------------------------------------------------------ what is already known

@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 
 import torch
 
-from lib.answers import Ends, Store, stop_tokens
+from lib.answers import Ends, Store, held, stop_tokens
 from lib.cli import require
 from lib.data import left_pad
 from lib.likelihood import log_likelihood, masked_losses
@@ -85,22 +85,12 @@ class Adapter:
                           for key in batch]
             sample = self.generate(
                 self.backbone, ids, pad_mask=pad, memory=self.memory, generator=generators,
-                on_step=ends, **self.held(), **self.setting.decoding())
+                on_step=ends, **self.setting.decoding(), **held(
+                    self.setting.hold, self.backbone.config.eos_id, self.tokenizer, self.device))
             answers = sample.ids[:, ids.shape[1]:].tolist()
             self.store.add({key: ends.cut(i, row) for i, (key, row) in
                             enumerate(zip(batch, answers))})
         return [self.store.known[key] for key in keys]
-
-    def held(self) -> dict:
-        """The options of `generate` that hold EOS back."""
-        eos, turn = self.backbone.config.eos_id, self.tokenizer.vocab.get(
-            self.tokenizer.end_of_turn)
-        if self.setting.hold == "late":  # LLaDA's confidence_eos_eot_inf
-            return {"late": [token for token in (eos, turn) if token is not None]}
-        if self.setting.hold == "never":  # its logits_eos_inf, which leaves the end of turn
-            index = torch.tensor([eos], device=self.device)
-            return {"adjust": lambda logits, ids: logits.index_fill(-1, index, -torch.inf)}
-        return {}
 
     def missing(self, wanted: dict[str, int], prompts: list[list[int]],
                 what: str) -> Iterator[dict[str, int]]:

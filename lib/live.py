@@ -11,7 +11,7 @@ from typing import Callable, Sequence, TextIO
 
 import torch
 
-from lib.answers import Ends, end_tokens, written
+from lib.answers import Ends, end_tokens, held, written
 from lib.batch import answer_file
 from lib.chat import chat
 from lib.cli import require
@@ -141,6 +141,10 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
     task: the name to take where no prompt is given, if there is one; watched: a memory that is to
     be shown too. Raises `InputError`."""
+    options = held(args.hold_eos, special.eos_id, tokenizer, device)
+    if watched and "adjust" in options:
+        watched.before = options.pop("adjust")
+    variants = {name: functools.partial(decode, **options) for name, decode in variants.items()}
     if args.prompts is not None:
         room = special.max_len - gen_length
         require(room > 0, f"--gen-length {gen_length} leaves no room for a prompt in the model's "

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Callable, Iterable
 
 from lib import identity
+from lib.answers import HOLDS
 from lib.checks import check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
                      spelled, whole, written)
@@ -68,6 +69,8 @@ def add_decoding_options(parser, orders: Iterable[str]) -> None:
                      "(Dream)")
     how.add_argument("--cfg-scale", type=number(0, 1e3), default=0.0, help="classifier-free "
                      "guidance")
+    how.add_argument("--hold-eos", choices=HOLDS, default="no", help="EOS committed last, or "
+                     "never, as LLaDA's options do (docs/real-models.md)")
     how.add_argument("--no-early-stop", action="store_true", help="decode what follows EOS too")
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, Sequence
 
 import torch
 
+from lib.answers import HOLDS
 from lib.checks import check_generation
 from lib.cli import InputError, Parser, count, listed, named, number, require, size, whole
 from lib.hub import stated
@@ -58,7 +59,7 @@ def harness_options(p: Parser) -> None:
     for name, (_, kind) in GIVEN.items():
         how.add_argument("--" + name.replace("_", "-"), type=kind)
     how.add_argument("--cache", choices=("prefix", "dual"))
-    how.add_argument("--hold-eos", choices=("no", "late", "never"), dest="hold")
+    how.add_argument("--hold-eos", choices=HOLDS, dest="hold")
     how.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the chat template")
     how.add_argument("--bos", action=argparse.BooleanOptionalAction, help="BOS before raw prompts")
 

@@ -15,6 +15,7 @@ class Watched:
     def __init__(self, memory):
         self.memory, self.inject = memory, memory.inject
         self.moved = self.sure = torch.empty(0)
+        self.before = None  # another `adjust`
 
     def initial(self, batch: int) -> torch.Tensor:
         """The memory's (B, M, D)."""
@@ -29,7 +30,10 @@ class Watched:
         return new
 
     def adjust(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The logits (B, L, V) as they are; .sure (B, L) has their largest probabilities."""
+        """The logits (B, L, V), as they are or as `before` leaves them; .sure (B, L) has their
+        largest probabilities."""
+        if self.before is not None:
+            logits = self.before(logits, ids)
         if self.sure.shape != logits.shape[:2] or self.sure.device != logits.device:
             self.sure = logits.new_zeros(logits.shape[:2])
         self.sure.copy_(logits.softmax(-1).amax(-1))

@@ -18,7 +18,7 @@ from conftest import (EOS_ID, MASK_ID, awake, boosted, byte_tokenizer, checkpoin
 import bench
 import lib.plans
 import lib.versus
-from lib.answers import Ends, Store
+from lib.answers import Ends, Store, held
 from lib.cli import InputError
 from lib.harness import Adapter, lm_eval_model
 from lib.judge import JUDGES, read_examples
@@ -321,7 +321,8 @@ def test_eos_is_held_back(chats, tmp_path):
                                  setting=Setting("", **setting, hold=hold))
             [text] = adapter.generate_until([("hello", {})])
             assert (text == "") == empty
-    assert adapter.held() == {"late": [EOS_ID, tokenizer.vocab["<|eot_id|>"]]}
+    assert held("late", EOS_ID, tokenizer, "cpu") == {
+        "late": sorted([EOS_ID, tokenizer.vocab["<|eot_id|>"]])}
     first = {}
     with boosted(backbone, EOS_ID, 4.0):
         for late in ([], [EOS_ID]):

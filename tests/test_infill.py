@@ -7,7 +7,8 @@ import types
 
 import pytest
 import torch
-from conftest import DATA, EOS_ID, MASK_ID, G, P, awake, one_prompt, prompts_of, seeded
+from conftest import (DATA, EOS_ID, MASK_ID, G, P, awake, boosted, one_prompt, prompts_of,
+                      seeded)
 from safetensors.torch import load_file
 from test_sample import eos_liking, llada_loop  # noqa: F401  eos_liking is a fixture
 
@@ -187,6 +188,27 @@ def test_eos_switches_equal_lladas(eos_liking, published, switch):  # noqa: F811
     found = generate(eos_liking, published["llada"]["prompt"], gen_length=G, block_length=32,
                      steps=32, **options).ids
     assert found.tolist() == published["llada"][f"eosboost_steps32_block32_{switch}"].tolist()
+
+
+@pytest.mark.parametrize("hold", ["late", "never"])
+def test_eos_is_held_back_on_the_command_line(text_ckpt, tmp_path, capsys, monkeypatch, hold):
+    """A head that likes EOS best of all: the answer is empty, also where EOS comes last, for
+    nothing else is liked; "never" has it written to its end. A watched memory does not come in
+    between."""
+    backbone, tokenizer = load(text_ckpt, "cpu")
+    awake(backbone, by=0.01).save(tmp_path / "m.safetensors")
+    (tmp_path / "a").write_text("a\n")
+    monkeypatch.setattr(sample, "load", lambda *_: (backbone, tokenizer))
+    for watch in ([], ["--memory", str(tmp_path / "m.safetensors"), "--show-memory"]):
+        argv = ["--ckpt", str(text_ckpt), "--prompts", str(tmp_path / "a"), "--gen-length", "8",
+                "--device", "cpu", "--no-early-stop", *watch]
+        with boosted(backbone, EOS_ID, 50.0):
+            for options, reason in ([], "eos"), (["--hold-eos", hold], {
+                    "late": "eos", "never": "length"}[hold]):
+                assert sample.main([*argv, *options]) == 0
+                found = json.loads(capsys.readouterr().out)
+                assert found["finish_reason"] == reason
+                assert not watch or min(found["steps"][0]["sure"]) > (reason == "eos") * 0.99
 
 
 def test_late_tokens_have_no_confidence():
