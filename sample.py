@@ -108,7 +108,7 @@ class Steps:
         # where a memory's response begins: without an answer with the first of them  # our choice
         start = (hole.byte().argmax(1) if gen_length == 0 else hole.sum(1) * 0 + P).repeat(passes)
         self.forwards, self.finite = 0, torch.ones((), dtype=torch.bool, device=device)
-        self.state = memory.initial(passes * B) if memory else torch.empty(0, device=device)
+        self.state = memory.initial(passes * B).clone() if memory else torch.empty(0, device=device)
         self.fixed = dict(
             memory=memory, span=(start, P + gen_length - start),
             cache=cache and Cache(backbone, passes * B, P + gen_length),

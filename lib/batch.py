@@ -131,6 +131,8 @@ class Lines:
     def __init__(self, args, prompts: list[Prompt]):
         self.prompts, self.ready, self.done = prompts, {}, 0
         with contextlib.ExitStack() as opened:
+            if args.out:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             self.file = opened.enter_context(open(args.out, "ab+")) if args.out else None
             if args.out:
                 opened.callback(os.close, lock(args.out))
@@ -147,7 +149,9 @@ class Lines:
         *lines, cut_short = self.file.read().split(b"\n")
         if lines or cut_short:
             other = f"pass another --out, or delete it and {beside.name}"
-            stored = read_json(beside) if beside.is_file() else {}
+            require(beside.is_file(), f"{path} is there, and holds no answers of this command "
+                    f"({beside.name} is missing): pass another --out")
+            stored = read_json(beside)
             changed = sorted(k for k in {*settings, *stored} if settings.get(k) != stored.get(k))
             require(not changed, f"{path} is of a run with other options ({', '.join(changed)}): "
                     f"{other}")

@@ -15,7 +15,9 @@ from lib.stats import plot_file
 def variant(text: str) -> tuple[str, list[str]]:
     """The type of a variant's name and files on the command line."""
     name, _, files = text.partition("=")
-    taken = ("frozen", "MetaState", "shuffled", "reset")
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no name: write NAME={text}")
+    taken = ("frozen", "MetaState", "shuffled", "reset", "mean")
     if not re.fullmatch(r"\w[\w .-]*", name) or name in taken:
         raise argparse.ArgumentTypeError(f"{name!r} is no name for a variant of its own")
     return name, listed(tensors_file)(files)

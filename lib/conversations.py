@@ -23,7 +23,8 @@ def data_file(text: str) -> DataFile:
     chats/*.jsonl: they are read before any model is."""
     found = DataFile(text)
     found.files = [text] if os.path.isfile(text) else [
-        name for part in text.split(",") for name in sorted(glob.glob(part)) or [part]]
+        name for part in map(str.strip, text.split(","))
+        for name in sorted(glob.glob(part)) or [part]]
     for name in found.files:
         input_file(name)
     found.records = tried(lambda _: [r for name in found.files for r in read_records(name)], text)
@@ -38,9 +39,10 @@ def read_records(path: str | Path) -> list[tuple[str, list]]:
         messages = messages_of(parse_json(line, where), where)
         last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
         require(isinstance(last, dict) and last.get("role") == "assistant"
-                and isinstance(last.get("content"), str) and last["content"] != "",
+                and isinstance(last.get("content"), str),
                 f"{where}: no response: a line needs `messages` that end with the assistant's, or "
-                "`prompt` and `response`")
+                "`prompt` and `response`, or ShareGPT's or Alpaca's fields")
+        require(last["content"] != "", f"{where}: the response is empty")
         require(all(isinstance(m, dict) and isinstance(m.get("role"), str)
                     and isinstance(m.get("content"), str) for m in messages),
                 f"{where}: a message needs a role and a content, both text")

@@ -159,6 +159,8 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
             *variants.values(), torch.tensor([ids], device=device), tokenizer, special, args.quiet,
             0.0, args.stop, watched), tokenizer, special.mask_id, special.max_len - gen_length)
     prompt, check = args.prompt, None
+    require(args.system is None or tokenizer.is_chat, f"{args.ckpt} has no chat format: leave "
+            "--system out")
     if args.system is not None and prompt is not None:
         prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
     if prompt is None:

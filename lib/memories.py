@@ -50,10 +50,17 @@ def new_memory(name: str, backbone, seed: int, **options) -> nn.Module:
     require(dtype_of(backbone) != torch.float16, "float16 is too narrow for gradients: train with "
             "--dtype bfloat16 or float32")
     kind, generator = memory_class(name), torch.Generator().manual_seed(seed)
+    whole = hasattr(kind, "for_backbone")
+    given = [name for name, value in options.items() if value not in (None, True)]
+    require(whole or not given, f"{name} is made by its backbone's config alone: it takes no "
+            + ", ".join(given))
     with torch.random.fork_rng(devices=[]):  # what torch's own layers draw from at first
         torch.manual_seed(seed)
-        made = kind.for_backbone(backbone, generator=generator, **options) if hasattr(
-            kind, "for_backbone") else kind(backbone.config)
+        try:
+            made = kind.for_backbone(backbone, generator=generator, **options) if whole else \
+                kind(backbone.config)
+        except TypeError as error:
+            raise InputError(f"{name} cannot be made of a backbone's config ({error})") from error
     require(any(p.requires_grad for p in made.parameters()), f"{name} has nothing to train")
     return made
 

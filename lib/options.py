@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Callable, Iterable
 
@@ -110,6 +111,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     require(not args.raw or not args.chat, "--raw passes texts as they are: leave it out with "
             "--chat")
     require(args.out is None or args.prompts is not None, "--out is for the answers of --prompts")
+    require(args.out is None or os.path.realpath(args.out) != os.path.realpath(args.prompts),
+            "--out is the file of --prompts: pass another")
     require(not args.show_memory or args.memory, "--show-memory needs a --memory to show")
     require(not args.compare or args.prompts is None, "--compare shows one prompt twice: leave it "
             "out with --prompts")
@@ -118,6 +121,11 @@ def check_sampling(args: argparse.Namespace) -> None:
 def check_training(args: argparse.Namespace) -> None:
     """Refuse options of train.py that do not go together."""
     memory_class(args.memory)
+    shaped = [f"--{name}" for name in ("slots", "width") if getattr(args, name) is not None]
+    shaped += ["--no-time"] * args.no_time + ["--no-local"] * args.no_local
+    shaped += ["--memory"] * (args.memory != USUAL)
+    require(not args.init or not shaped, f"--init brings its class and sizes along: leave out "
+            f"{', '.join(shaped)}")
     require(args.data is not None or not args.ckpt.startswith("random:"),
             f"{args.ckpt} names no tasks: pass --data FILE, whose bytes will be its tokens")
 
@@ -192,7 +200,8 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     shape = p.add_argument_group("memory")
     shape.add_argument("--memory", default=USUAL, metavar="MODULE:CLASS", help="another class than "
                        "MetaState, with its three methods (docs/memories.md)")
-    shape.add_argument("--init", type=tensors_file, metavar="FILE", help="start from this memory")
+    shape.add_argument("--init", type=tensors_file, metavar="FILE", help="start from this memory, "
+                       "of its own class and sizes")
     shape.add_argument("--slots", type=size, help="M (default: 64 for 8B and 7B, else 24)")
     shape.add_argument("--width", type=size, help="D (default: 1024 for 8B and 7B, else d)")
     shape.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")

@@ -18,15 +18,15 @@ class Watched:
         self.before = None  # another `adjust`
 
     def initial(self, batch: int) -> torch.Tensor:
-        """The memory's (B, M, D)."""
+        """The memory's (B, M, D), or whatever it is."""
         state = self.memory.initial(batch)
-        self.moved = state.new_zeros(state.shape[:2])
+        self.moved = lengths(torch.zeros_like(state))
         return state
 
     def update(self, s: torch.Tensor, *seen) -> torch.Tensor:
         """The memory's (B, M, D); .moved (B, M) has the lengths of what was added to each slot."""
         new = self.memory.update(s, *seen)
-        self.moved.copy_((new - s).norm(dim=-1))
+        self.moved.copy_(lengths(new - s))
         return new
 
     def adjust(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,12 @@ class Watched:
         """{"slots": how far each moved, "sure": of each position of the block} of a row, now."""
         return {name: [round(x, 4) for x in values[row].tolist()] if len(values) else []
                 for name, values in (("slots", self.moved), ("sure", self.sure))}
+
+
+def lengths(state: torch.Tensor) -> torch.Tensor:
+    """(B, M) of a state (B, M, ...); one that is (B, D) is taken for a single slot."""
+    slots = state if state.dim() > 2 else state.flatten(1)[:, None]
+    return slots.flatten(2).norm(dim=-1)
 
 
 class Bars:

@@ -58,9 +58,9 @@ def test_lines_come_in_the_order_of_the_file(text_ckpt, prompts, tmp_path, capsy
     plain = rows_of(capsys.readouterr().out)
     assert [row["id"] for row in plain] == [0, 1, 2, 3, "bad", 5, 6, 7, 8]
     assert [row.get("mine") for row in plain] == [[0], [1], [2], [3], None, [5], [6], [7], [8]]
-    assert run(text_ckpt, prompts, "--out", tmp_path / "out.jsonl") == 1
+    assert run(text_ckpt, prompts, "--out", tmp_path / "new" / "out.jsonl") == 1
     assert capsys.readouterr().out == ""
-    assert rows_of((tmp_path / "out.jsonl").read_text()) == plain
+    assert rows_of((tmp_path / "new" / "out.jsonl").read_text()) == plain
 
 
 def test_windows_have_prompts_of_like_length():
@@ -185,7 +185,8 @@ def test_what_does_not_belong_together(text_ckpt, prompts, tmp_path, cli_fails, 
     assert "more lines" in cli_fails(*argv, "--prompts", tmp_path / "fewer")
     assert out.read_bytes() == kept
     (tmp_path / "mine").write_text("a text of mine\n")
-    assert "other options" in cli_fails(*argv, "--out", tmp_path / "mine")
+    assert "mine.settings.json is missing" in cli_fails(*argv, "--out", tmp_path / "mine")
+    assert "the file of --prompts" in cli_fails(*argv, "--out", prompts)
     assert (tmp_path / "mine").read_text() == "a text of mine\n"
     assert "--prompts" in cli_fails("--ckpt", text_ckpt, "--prompt", "a", "--out", out, *CPU)
 

@@ -132,7 +132,8 @@ def test_a_variant_of_ones_own_is_paired_with_the_others(files, capsys):
     seeds = {r["variant"]: len(r["seeds"]) for r in result["rows"] if r["task"] == "mean"}
     assert seeds == {"frozen": 1, "MetaState": 1, "shuffled": 1, "mine": 2}
     assert {lead["minus"] for lead in result["leads"]} == {"frozen", "shuffled", "mine"}
-    for also in (f"reset={files[0]}", f"={files[0]}", "mine", "mine="):
+    for also in (f"reset={files[0]}", f"mean={files[0]}", str(files[0]), f"={files[0]}", "mine",
+                 "mine="):
         assert "--also" in refused(capsys, *argv, "--also", also)
 
 

@@ -113,7 +113,9 @@ def test_the_command_line(talking, text_ckpt, said, capsys):
     assert sample.main([*argv, "--chat", "--system", "Be brief."]) == 1
     again, err = capsys.readouterr()
     assert again == out and err.count("\n") == 1 and "mask token" in err
-    for wrong in (["--chat", "--prompt", "a"], ["--system", "a", "--task", "sums"],
+    for wrong in (["--chat", "--prompt", "a"],
+                  ["--ckpt", str(text_ckpt), "--prompt", "a", "--system", "b"],
+                  ["--system", "a", "--task", "sums"],
                   ["--chat", "--ckpt", str(text_ckpt)], ["--chat", "--raw"]):
         said("a\n")
         assert sample.main([*argv, *wrong]) == 2

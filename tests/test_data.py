@@ -194,7 +194,7 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
         cli.running.set(True)
         one, many = f"{tmp_path}/b,c.jsonl", f"{tmp_path}/a*.jsonl"
         assert texts(one) == ["b,c"] and texts(many) == ["a1", "a2"]
-        assert texts(f"{tmp_path}/a2.jsonl,{many}") == ["a2", "a1", "a2"]
+        assert texts(f"{tmp_path}/a2.jsonl, {many}") == ["a2", "a1", "a2"]
         assert data_file(many).files == [f"{tmp_path}/a1.jsonl", f"{tmp_path}/a2.jsonl"]
         for wrong in ("nosuch.jsonl", "nosuch*", "nosuch" * 1000):
             with pytest.raises(argparse.ArgumentTypeError, match="nosuch"):

@@ -1,17 +1,22 @@
 """Memories of other classes than MetaState: found by name, kept in files that name them."""
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
-from conftest import MEMORY, awake
+from conftest import MEMORY, ROOT, awake, prompts_of
 
 import train
 from lib.cli import InputError
 from lib.files import read_tensors
 from lib.memories import load_memory, memory_class, new_memory, save_memory
+from lib.watch import Watched
 from metastate import MetaState
+from model import load
+from sample import generate
+from train import unrolled_loss
 
 GATELESS = '''
 import torch
@@ -93,6 +98,59 @@ def test_a_memory_of_ones_own_is_kept_and_found(module, shallow, tmp_path, text,
     assert all(torch.equal(x, again[key]) for key, x in memory.state_dict().items())
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_memories_of_the_docs(module, shallow, tmp_path, number):
+    """As they stand there: made, trained by a step, written, found again, and used with a cache,
+    padding and guidance, in which they change something."""
+    text = (ROOT / "docs" / "memories.md").read_text(encoding="utf-8")
+    source = re.findall(r"```python\n(.*?)```", text, re.S)[number]
+    name = module(source) + ":" + ("Mine", "Average")[number]
+    memory = new_memory(name, shallow, 0)
+    ids = torch.tensor(prompts_of([12, 12]))
+    answer = torch.arange(12).expand(2, 12) >= 5
+    optimizer = torch.optim.SGD(memory.parameters(), lr=1.0)
+    for _ in range(2):  # the first moves what writes, and only that
+        unrolled_loss(shallow, memory, ids, answer, K=3).backward()
+        optimizer.step()
+    save_memory(tmp_path / "m.safetensors", memory, shallow.fingerprint())
+    found = load_memory(tmp_path / "m.safetensors", shallow)
+    pads = torch.arange(12).expand(2, 12) < torch.tensor([[0], [3]])
+    states = []
+    update = found.update
+    found.update = lambda *seen: states.append(update(*seen)) or states[-1]
+    generate(shallow, ids, memory=found, pad_mask=pads, gen_length=8, block_length=4, steps=8,
+             cache="dual", cfg_scale=0.5, order="low_confidence")
+    assert len(states) == 8 and all(state.isfinite().all() for state in states)
+    assert not torch.equal(states[0], states[-1])
+
+
+def test_a_state_of_any_shape_is_carried_and_watched(module, shallow):
+    """(B, D), and one parameter expanded to all rows."""
+    flat = PLAIN.replace("return torch.zeros(batch, 1, 1)", "return self.add.expand(batch, -1)")
+    memory = new_memory(f"{module(flat)}:Bias", shallow, 0)
+    watched, seen = Watched(memory), []
+    generate(shallow, torch.tensor(prompts_of([5, 5])), memory=watched, adjust=watched.adjust,
+             gen_length=4, block_length=4, steps=4,
+             on_step=lambda _: seen.append(watched.of_row(1)))
+    assert [len(step["slots"]) for step in seen] == [1] * 4
+    assert seen[0]["slots"][0] == pytest.approx(shallow.config.dim ** 0.5, abs=1e-3)
+
+
+def test_what_does_not_go_with_a_class_or_a_file(module, shallow, small_ckpt, tmp_path, capsys):
+    """Sizes that nobody would take, a constructor that wants something else, and --init with what
+    its file decides."""
+    name = f"{module(PLAIN)}:Bias"
+    with pytest.raises(InputError, match="takes no slots"):
+        new_memory(name, shallow, 0, slots=4, width=None, time=True, local=True)
+    wants = PLAIN.replace("def __init__(self, config)", "def __init__(self, config, more)")
+    with pytest.raises(InputError, match="cannot be made of a backbone's config"):
+        new_memory(f"{module(wants)}:Bias", shallow, 0)
+    awake(load(small_ckpt, "cpu")[0]).save(tmp_path / "m.safetensors")
+    assert train.main(["--ckpt", str(small_ckpt), "--init", str(tmp_path / "m.safetensors"),
+                       "--out", str(tmp_path / "out"), "--slots", "4", "--no-time"]) == 2
+    assert "leave out --slots, --no-time" in capsys.readouterr().err
+
+
 def test_the_seed_of_fresh_weights_leaves_torchs_own_alone(module, shallow):
     before = torch.random.get_rng_state()
     first, other = (new_memory(f"{module(PLAIN)}:Bias", shallow, seed).add for seed in (0, 1))
@@ -145,12 +203,14 @@ def test_a_memory_without_weights_is_refused(module, shallow):
 
 def test_an_own_memory_is_trained_by_the_command(module, tmp_path, small_ckpt, capsys):
     """train.py --memory; the file is found by what loads memories, and goes on by --init."""
-    argv = ["--ckpt", str(small_ckpt), "--memory", f"{module(GATELESS)}:Mine", "--steps", "2",
-            "--batch-size", "2", "--micros", "1", "--K", "2", "--no-compile"]
-    assert train.main([*argv, "--out", str(tmp_path / "one")]) == 0
+    name = f"{module(GATELESS)}:Mine"
+    argv = ["--ckpt", str(small_ckpt), "--steps", "2", "--batch-size", "2", "--micros", "1", "--K",
+            "2", "--no-compile"]
+    assert train.main([*argv, "--out", str(tmp_path / "one"), "--memory", name]) == 0
     stated = read_tensors(tmp_path / "one" / MEMORY)[1]
     assert stated["class"] == "my_memory:Mine"
     assert train.main([*argv, "--out", str(tmp_path / "two"), "--init",
                        str(tmp_path / "one" / MEMORY)]) == 0
     one, two = (read_tensors(tmp_path / run / MEMORY)[0] for run in ("one", "two"))
+    assert read_tensors(tmp_path / "two" / MEMORY)[1]["class"] == "my_memory:Mine"
     assert one.keys() == two.keys() and any(not torch.equal(one[k], two[k]) for k in one)
