@@ -8,10 +8,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python sample.py
 
 test: $(VENV)/installed
-	@echo "two halves side by side; the first is shown when both are done"
-	@$(VENV)/bin/python -m pytest -q tests --part 1/2 > $(VENV)/tests-1.log 2>&1 & \
-	$(VENV)/bin/python -m pytest -q tests --part 2/2; second=$$?; \
-	wait $$!; first=$$?; cat $(VENV)/tests-1.log; exit $$((first > second ? first : second))
+	$(VENV)/bin/python -m pytest -q tests
 
 faults: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q tests -m faults

@@ -317,18 +317,6 @@ def pytest_collection_finish() -> None:
         forkserver.ensure_running()
 
 
-def pytest_addoption(parser) -> None:
-    """--part K/N: every Nth file of tests, from the Kth on."""
-    parser.addoption("--part", default="1/1", metavar="K/N")
-
-
-def pytest_collection_modifyitems(config, items: list) -> None:
-    """Keep the tests of the --part that is asked for: `make test` runs two side by side."""
-    part, parts = map(int, config.getoption("--part").split("/"))
-    files = sorted({item.path for item in items})[part - 1::parts]
-    items[:] = [item for item in items if item.path in files]
-
-
 def pytest_configure(config) -> None:
     """Tests marked `faults` (many kills, many rounds) run with `make faults` only."""
     config.addinivalue_line("markers", "faults: slow by nature; run with -m faults")
