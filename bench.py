@@ -94,8 +94,9 @@ def accuracy(args: argparse.Namespace) -> None:
                 + ", ".join(TASKS))
     trained = memories(backbone, args.ckpt, args.memory, "metastate", bool(named))
     reset = memories(backbone, args.ckpt, args.reset, "reset", bool(named))
-    compile_on(backbone.embedding.weight.device, args.compile, backbone, *trained, *reset)
     also = {name: memories(backbone, args.ckpt, files, "", False) for name, files in args.also}
+    compile_on(backbone.embedding.weight.device, args.compile, backbone, *trained, *reset,
+               *sum(also.values(), []))
     variants = {"frozen": [None], "MetaState": trained, "shuffled": [*map(Shuffled, trained)],
                 "reset": [*map(Reset, reset)], **also}
     variants = {name: found for name, found in variants.items() if found}

@@ -53,16 +53,14 @@ def everyone(thing: object) -> list:
 def first_process_first(work: Callable):
     """work() in each process, in the others once the first has done it. What is refused there is
     refused in all: nobody waits for one that has ended."""
-    rank, world = processes()
-    found, problems = None, [None] * world
+    (rank, _), found, problem = processes(), None, None
     if rank == 0:
         try:
             found = work()
         except InputError as error:
-            problems[0] = str(error)
-    if world > 1:
-        dist.all_gather_object(problems, problems[0])
-    require(problems[0] is None, str(problems[0]))
+            problem = str(error)
+    problem = everyone(problem)[0]
+    require(problem is None, str(problem))
     return found if rank == 0 else work()
 
 
@@ -158,9 +156,7 @@ class Run:
             dist.all_reduce(flat)
             for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
                 p.grad.copy_(g.view_as(p))
-            everyone: list = [None] * self.world
-            dist.all_gather_object(everyone, records)
-            records = [record for part in everyone for record in part]
+            records = [record for part in everyone(records) for record in part]
         self.shown = self.pace(time.perf_counter() - self.step_began)
         return {key: float(np.mean([r[key] for r in records if key in r]))
                 for key in dict.fromkeys(k for r in records for k in r)}

@@ -3,7 +3,7 @@ for stories of 0.9 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
-    python -m studies.pretrain stories --out out/stories      # from nothing, 90 min on one core
+    python -m studies.pretrain stories --out out/stories      # from nothing, some hours on one core
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
 
