@@ -53,10 +53,10 @@ from train import token_losses, unrolled_loss
 def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[str], length: int,
           batch_size: int = 250, decode: Callable[..., Sample] = generate,
           **options) -> tuple[list[bool], list[int]]:
-    """Answer prompts in one block of `length` tokens each, and judge them: whether each is right,
-    and the forwards each took until its last token stood. decode: `generate`, whose options these
-    are, or what does something around it."""
-    c, device = backbone.config, backbone.embedding.weight.device
+    """Answer prompts in blocks of 32, or one where that divides `length` not, and judge them:
+    whether each is right, and the forwards each took until its last token stood. decode:
+    `generate`, whose options these are, or what does something around it."""
+    c, device, block = backbone.config, backbone.embedding.weight.device, length % 32 and length
     verdicts, forwards, batches = [], [], math.ceil(len(prompts) / batch_size)
     for i in range(batches):  # of equal size, give or take one
         part = prompts[i * len(prompts) // batches:(i + 1) * len(prompts) // batches]
@@ -66,8 +66,8 @@ def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[st
         def note(step: Sample) -> None:
             took[step.fresh.any(1)] = step.forwards
 
-        sample = decode(backbone, ids, pad_mask=pad, gen_length=length, block_length=length,
-                        on_step=note, **options)
+        sample = decode(backbone, ids, pad_mask=pad, gen_length=length, on_step=note,
+                        block_length=block or 32, **options)
         verdicts += [task.check(prompt, answer_text(row, tokenizer, c.mask_id, c.eos_id))
                      for prompt, row in zip(part, sample.ids[:, ids.shape[1]:])]
         forwards += took.tolist()

@@ -1,8 +1,8 @@
 """Write text with a masked diffusion language model, and watch it denoise.
 
     python sample.py                                   # the embedded tiny model solves a sudoku
+    python sample.py --prompt "Once upon a time"       # the embedded model of stories goes on
     python sample.py --ckpt llada-8b --prompt "Why is the sky blue?"
-    python sample.py --ckpt dream-7b --order entropy --temperature 0.1 --prompt "Name three moons."
     python sample.py --ckpt llada-8b --prompts questions.txt > answers.jsonl
 
 `generate` is the whole algorithm: LLaDA's semi-autoregressive remasking, Dream's four orders and
@@ -366,7 +366,7 @@ def answer(args, decode: Callable[..., Sample] = generate) -> int:
     variants = {"without memory": None, "with memory": memory} if args.compare else {"": memory}
     return answer_prompts(args, {name: by(used) for name, used in variants.items()},
                           needed(tokenizer, args.ckpt), backbone.config, device,
-                          options["gen_length"], TASKS, args.task or next(iter(tasks), None), draw,
+                          options["gen_length"], TASKS, [args.task] if args.task else tasks, draw,
                           watched)
 
 

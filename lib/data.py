@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
@@ -10,13 +11,14 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+from lib.ahead import ahead
 from lib.cli import InputError, require
 from lib.conversations import read_records
 from lib.files import write_atomic
 from lib.hub import CHECKPOINTS, stated
 from lib.progress import progress, slow
 from lib.prompts import at, no_mask, prompt_ids
-from lib.run import first_process_first
+from lib.run import first_process_first, local_device, processes
 from lib.terminal import note
 from lib.tokenizer import Tokenizer
 
@@ -48,7 +50,7 @@ def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., 
         except ValueError as error:
             raise InputError(f"{args.ckpt}: its generation_config.json: {error}") from error
         return task_batches(draw, tokenizer, c.eos_id, length, tasks, args.batch_size, args.micros,
-                            args.seed)
+                            args.seed, local_device(args.device))
     args.data = args.data or first_process_first(lambda: tulu(args.seed))
     examples = read_examples(args.data, tokenizer, c.eos_id, min(args.max_length, c.max_len),
                              c.mask_id)
@@ -70,19 +72,34 @@ def task_batch(pairs: list[tuple[str, str]], tokenizer: Tokenizer, eos_id: int,
 
 
 def task_batches(draw: Callable, tokenizer: Tokenizer, eos_id: int, length: int, names: list[str],
-                 size: int, micros: int, seed: int) -> Callable[..., Batch]:
+                 size: int, micros: int, seed: int, device=None) -> Callable[..., Batch]:
     """batch(step, micro, held_out) -> (ids, answer_mask, pad_mask) of tasks, one task per
-    micro-batch in turn. draw(name, rng, held_out) -> (prompt, answer)."""
+    micro-batch in turn. draw(name, rng, held_out) -> (prompt, answer). For a GPU those to train on
+    are made ahead."""
+    make = partial(_task_batch, draw, tokenizer, eos_id, length, names, size, micros, seed)
+
+    def after(key: tuple[int, int]) -> tuple[int, int]:  # what this process asks for next
+        return divmod(key[0] * micros + key[1] + processes()[1], micros)
+
+    made = ahead(make, after, device)
+
     def batch(step: int, micro: int, held_out: bool = False) -> Batch:
-        rng = random.Random(f"{seed} {step} {micro}")
-        name = names[(step * micros + micro) % len(names)]
-        pairs = [draw(name, rng, held_out) for _ in range(size)]
-        prompts, answers, pad = task_batch(pairs, tokenizer, eos_id, length)
-        ids = torch.cat([prompts, answers], 1)
-        answer = torch.arange(ids.shape[1]) >= prompts.shape[1]
-        return ids, answer.expand(ids.shape), None if pad is None else F.pad(pad, (0, length))
+        return make((step, micro), True) if held_out else made((step, micro))
 
     return batch
+
+
+def _task_batch(draw, tokenizer, eos_id, length, names, size, micros, seed, key: tuple[int, int],
+                held_out: bool = False) -> Batch:
+    step, micro = key
+    rng = random.Random(f"{seed} {step} {micro}")
+    name = names[(step * micros + micro) % len(names)]
+    pairs = [draw(name, rng, held_out) for _ in range(size)]
+    prompts, answers, pad = task_batch(pairs, tokenizer, eos_id, length)
+    ids = torch.cat([prompts, answers], 1)
+    answer = torch.arange(ids.shape[1]) >= prompts.shape[1]
+    return (ids, answer.repeat(len(ids), 1),
+            None if pad is None else F.pad(pad, (0, length)))
 
 
 # ------------------------------------------------------------------ files

@@ -109,6 +109,11 @@ class Stated(NamedTuple):
     tasks: list[str]      # that the model was trained on (ours; published checkpoints have none)
 
 
+def is_dream(ckpt: str) -> bool:
+    """Whether a checkpoint's config.json says that it is one of Dream's. Raises `InputError`."""
+    return str(read_json(find(ckpt) / "config.json").get("model_type")).lower() == "dream"
+
+
 def stated(ckpt: str | Path) -> Stated:
     """What the checkpoint's generation_config.json states; null is as if it were silent. Raises
     `InputError` for what is no length and no list of names."""

@@ -12,13 +12,14 @@ from typing import Callable, Sequence, TextIO
 import torch
 
 from lib.answers import Ends, end_tokens, held, written
+from lib.asked import Asked, share, understood
 from lib.batch import answer_file
 from lib.chat import chat
 from lib.cli import require
 from lib.progress import slow
-from lib.prompts import fillable_ids, read_prompts
+from lib.prompts import fillable_ids, masks_in, read_prompts
 from lib.run import processes, read_once
-from lib.terminal import printable
+from lib.terminal import note, printable
 from lib.tokenizer import Tokenizer
 from lib.watch import Bars, Watched
 
@@ -133,14 +134,14 @@ def answer_text(ids: torch.Tensor, tokenizer: Tokenizer, mask_id: int, eos_id: i
 
 # ------------------------------------------------------------------ answers
 def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, special, device,
-                   gen_length: int, tasks: dict, task: str | None, draw: Callable,
+                   gen_length: int, tasks: dict, names: Sequence[str], draw: Callable,
                    watched: Watched | None = None) -> int:
     """Answer what a command line asks by every variant's `decode(ids, ...)`: a prompt, a held-out
     one of a task, or, where there is one variant, the prompts of a file. Returns the exit code, 1
     where some of these have errors.
     special has mask_id, eos_id, pad_id and max_len; draw(task, rng, held_out) -> (prompt, answer);
-    task: the name to take where no prompt is given, if there is one; watched: a memory that is to
-    be shown too. Raises `InputError`."""
+    names: the tasks that the model knows, of which the first is drawn where no prompt is given;
+    watched: a memory that is to be shown too. Raises `InputError`."""
     options = held(args.hold_eos, special.eos_id, tokenizer, device)
     if watched and "adjust" in options:
         watched.before = options.pop("adjust")
@@ -158,38 +159,56 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         return chat(args, lambda ids: show(
             *variants.values(), torch.tensor([ids], device=device), tokenizer, special, args.quiet,
             0.0, args.stop, watched), tokenizer, special.mask_id, special.max_len - gen_length)
-    prompt, check = args.prompt, None
     require(args.system is None or tokenizer.is_chat, f"{args.ckpt} has no chat format: leave "
             "--system out")
-    if args.system is not None and prompt is not None:
-        prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
-    if prompt is None:
-        require(task is not None, f"what should {args.ckpt} answer? Pass --prompt or --prompts")
-        require(task in tasks, f"{args.ckpt} names the task {task!r}, which is none of "
-                f"{', '.join(tasks)}: pass --prompt or --task")
-        prompt, _ = draw(tasks[task], random.Random(args.seed), True)
-        check = functools.partial(tasks[task].check, prompt)
-    raw = args.raw or gen_length == 0  # what is filled is a text, not a question
-    ids = torch.tensor([fillable_ids(prompt, tokenizer, raw, special.mask_id)], device=device)
-    if check and not args.quiet:
-        print(prompt, flush=True)
-    delay = args.delay if args.delay is not None else 0.08 if check else 0.0
-    for name, decode in variants.items():
-        if name:
-            print(f"{name}:", flush=True)
-        text = show(decode, ids, tokenizer, special, args.quiet, delay, args.stop, watched)
-        if check and not args.quiet:
-            print("right" if check(text) else "wrong", flush=True)
+    rng, right = random.Random(args.seed), dict.fromkeys(variants, 0)
+    quiet, raw = args.quiet or args.number > 1, args.raw or gen_length == 0  # a text, no question
+    for _ in range(args.number):
+        asked = ask(args, tasks, names, draw, rng)
+        prompt = asked.prompt
+        if args.system is not None and args.prompt is not None:
+            prompt = [{"role": "system", "content": args.system},
+                      {"role": "user", "content": prompt}]
+        ids = torch.tensor([fillable_ids(prompt, tokenizer, raw, special.mask_id)], device=device)
+        if asked.task and not asked.lead and not args.quiet:
+            print(prompt, flush=True)
+        delay = args.delay if args.delay is not None else 0.08 if asked.task else 0.0
+        for name, decode in variants.items():
+            if name:
+                print(f"{name}:", flush=True)
+            text = show(decode, ids, tokenizer, special, quiet, delay, args.stop, watched,
+                        "" if args.quiet else asked.lead)
+            if asked.task and not args.quiet:
+                found, words = asked.verdict(text)
+                right[name] += found
+                print(words, flush=True)
+    for name, found in right.items() if asked.task and args.number > 1 else ():
+        print(f"{name}{': ' if name else ''}{share(found, args.number)}")
     return 0
 
 
+def ask(args, tasks: dict, names: Sequence[str], draw: Callable, rng: random.Random) -> Asked:
+    """What the command line asks, or a held-out prompt of the first task."""
+    if args.prompt is not None:
+        asked = Asked(args.prompt) if masks_in(args.prompt) or args.raw else \
+            understood(args.prompt, args.ckpt, tasks, names)
+        if asked.hint:
+            note(asked.hint)
+        return asked
+    require(bool(names), f"what should {args.ckpt} answer? Pass --prompt or --prompts")
+    require(names[0] in tasks, f"{args.ckpt} names the task {names[0]!r}, which is none of "
+            f"{', '.join(tasks)}: pass --prompt or --task")
+    return Asked(draw(tasks[names[0]], rng, True)[0], tasks[names[0]])
+
+
 def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, quiet: bool = False,
-         delay: float = 0.0, stops: Sequence[str] = (), watched: Watched | None = None) -> str:
+         delay: float = 0.0, stops: Sequence[str] = (), watched: Watched | None = None,
+         lead: str = "") -> str:
     """Answer a prompt of ids (1, P) by `decode(ids, on_step=...)`, live, or `quiet`, which prints
-    the answer alone; returns its text. special has mask_id and eos_id; delay: seconds a frame;
-    stops: texts at which the answer ends."""
+    the answer alone, behind `lead`; returns its text. special has mask_id and eos_id; delay:
+    seconds a frame; stops: texts at which the answer ends."""
     mask_id, eos_id = special.mask_id, special.eos_id
-    start = 0 if (ids == mask_id).any() else ids.shape[1]
+    start = 0 if lead or (ids == mask_id).any() else ids.shape[1]
     view = None if quiet else LiveView(tokenizer, mask_id, eos_id, start, sys.stdout, delay,
                                        Bars(watched) if watched else list)
     ends, forwards = Ends(tokenizer, mask_id, end_tokens(tokenizer, eos_id), [stops],
@@ -209,7 +228,7 @@ def show(decode: Callable, ids: torch.Tensor, tokenizer: Tokenizer, special, qui
     text, tokens, _ = written(ids[0].tolist(), sample.ids[0].tolist(), ends, 0)
     if view is not None:
         view.end()
-    print(text)
+    print(lead + text)
     if view is not None:
         print(figures(tokens, sample.forwards, sample.seconds - view.rested))
     return text

@@ -13,12 +13,10 @@ from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, requi
                      spelled, whole, written)
 from lib.conversations import data_file
 from lib.data import check_source
-from lib.files import read_json
-from lib.hub import find
+from lib.hub import is_dream
 from lib.memories import USUAL, memory_class
 from lib.outputs import input_stream, output_file, output_folder, tensors_file
 from lib.prompts import masks_in
-
 
 rate = number(0, 100, open_low=True)  # of learning
 LEGEND = ("held_out: loss on held-out examples, at step 0 without a memory; loss: of the step; "
@@ -34,10 +32,12 @@ def with_text(text: str) -> str:
 
 
 def add_model_options(parser, ckpt: str | None = "tiny", compiled: bool = True,
-                      kind: Callable = str) -> None:
-    """--ckpt, of a kind, --device, --dtype and --compile, said the same way by every command."""
-    parser.add_argument("--ckpt", type=kind, default=ckpt, required=ckpt is None, help="nickname, "
-                        "folder or hub id" + (f" (default: {ckpt})" if ckpt else ""))
+                      kind: Callable = str, usual: str = "") -> None:
+    """--ckpt, of a kind, --device, --dtype and --compile, said the same way by every command.
+    usual: what a default of None means in words; without it --ckpt is required."""
+    usual = usual or ckpt
+    parser.add_argument("--ckpt", type=kind, default=ckpt, required=not usual, help="nickname, "
+                        "folder or hub id" + (f" (default: {usual})" if usual else ""))
     parser.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where there "
                         "is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the backbone (default: bfloat16 on "
@@ -96,13 +96,14 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
     return options
 
 
-def is_dream(ckpt: str) -> bool:
-    """Whether a checkpoint's config.json says that it is one of Dream's. Raises `InputError`."""
-    return str(read_json(find(ckpt) / "config.json").get("model_type")).lower() == "dream"
-
-
 def check_sampling(args: argparse.Namespace) -> None:
-    """Refuse options of sample.py that do not go together."""
+    """Choose a model where none is named, and refuse options of sample.py that do not go
+    together."""
+    if args.ckpt is None:
+        args.ckpt = "tiny" if args.prompt is None else "stories"
+    once = args.chat or args.prompts is not None or args.prompt is not None and not args.temperature
+    require(args.number == 1 or not once, "--number is for a task, or for a --prompt with a "
+            "--temperature, whose answers differ")
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
     require(args.system is None or args.chat or args.prompt and not args.raw,
             "--system is for --chat, or for a --prompt in a chat format")
@@ -145,7 +146,7 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")
     p.add_argument("--system", type=written, metavar="TEXT", help="what a chat model is told first")
     p.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
-    add_model_options(p, kind=with_text)
+    add_model_options(p, None, kind=with_text, usual="stories for a --prompt, else tiny")
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")
@@ -157,6 +158,7 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
                    "step, and how sure the model is of each position")
     add_decoding_options(p, orders)
     p.add_argument("--seed", type=seed, default=0, help="of drawn tokens and of --task")
+    p.add_argument("--number", type=size, default=1, help="so many answers: how many are right")
     p.add_argument("--batch-size", type=size, default=1, help="prompts at a time with --prompts")
     p.add_argument("--delay", type=number(0, 60), help="seconds to rest after each frame on a "
                    "terminal (default: 0.08 for tasks, which are solved in a blink, else 0)")

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, trainers
 
+from lib.ahead import ahead
 from lib.cli import Parser, command, count, device_of, named, one_of, seed, size
 from lib.data import Batch, move, task_batch
 from lib.files import write_text
@@ -79,7 +80,7 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
 LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
-STORIES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256,
+STORIES = {"d_model": 160, "n_heads": 5, "n_kv_heads": 5, "n_layers": 4, "mlp_hidden_size": 384,
            "rope_theta": 10000.0}
 STORY_LENGTH = 160  # the longest continuation has some 140 tokens
 POOL = 16  # batches of stories that are drawn together
@@ -161,20 +162,19 @@ def look_nearby(backbone: Backbone, offsets: Sequence[int], sharpness: float = 2
 
 
 # ------------------------------------------------------------------ pretraining
-def trapezoids(step: int, steps: int, warmup: int, stage: int = 0) -> float:
-    """Share of the peak learning rate: linear warm-up, flat, then linear to 0 over the last tenth,
-    once for the first `stage` updates and once for what follows. Until a tenth begins a run does
-    not depend on its length: it can be made longer or shorter."""
+def trapezoids(step: int, steps: int, warmup: int, stage: int = 0, fall: float = 0.1) -> float:
+    """Share of the peak learning rate: linear warm-up, flat, then linear to 0 over the last tenth
+    (`fall`), once for the first `stage` updates and once for what follows. Until a fall begins a
+    run does not depend on its length: it can be made longer or shorter."""
     step, steps = (step, stage) if step < stage else (step - stage, steps - stage)
-    return min((step + 1) / warmup, 1.0, (steps - step) / (0.1 * steps))
+    return min((step + 1) / warmup, 1.0, (steps - step) / (fall * steps))
 
 
-def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
-               pad_mask: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
-    """LLaDA's own fine-tuning loss: t uniform, every answer token masked with probability
-    p = (1 - 1e-3) t + 1e-3, cross-entropy over the masked ones weighted 1 / p and divided by the
-    answer's length. EOS counts as answer; prompts (B, P) are never masked; answers (B, G);
-    pad_mask (B, P) True where padded.
+def noised(answers: torch.Tensor, mask_id: int,
+           generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers (B, G) -> the same with masks, and each position's weight in LLaDA's own fine-tuning
+    loss: t uniform, every answer token masked with probability p = (1 - 1e-3) t + 1e-3, its
+    cross-entropy then weighted 1 / p and divided by the answer's length and the batch.
 
     Ours: the t of a batch are one uniform number plus a regular grid, modulo 1, which has the same
     distribution for each row and less variance for their mean."""
@@ -182,12 +182,50 @@ def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
     t = (torch.arange(B) / B + torch.rand(1, generator=generator)) % 1                   # (B,)
     p = ((1 - 1e-3) * t + 1e-3)[:, None].expand(B, G)                                    # (B, G)
     masked = torch.rand(B, G, generator=generator) < p
-    p, masked = p.to(answers.device), masked.to(answers.device)
-    noisy = answers.masked_fill(masked, backbone.config.mask_id)
-    pads = None if pad_mask is None else F.pad(pad_mask, (0, G))
-    h = backbone.hidden(backbone.embed(torch.cat([prompts, noisy], 1)), pads)[:, prompts.shape[1]:]
-    loss = F.cross_entropy(backbone.logits(h[masked]), answers[masked], reduction="none")
-    return (loss / p[masked]).sum() / (B * G)
+    masked, weights = move((masked, masked / p / (B * G)), answers.device)
+    return answers.masked_fill(masked, mask_id), weights
+
+
+class Weighted(torch.nn.Module):
+    """The loss of `noised` answers behind prompts (B, P), which are never masked; EOS counts as
+    answer; pad_mask (B, P) True where padded, or None."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, prompts, pad_mask, noisy, answers, weights):
+        """The loss: noisy, answers and weights are (B, G) each."""
+        pads = None if pad_mask is None else F.pad(pad_mask, (0, noisy.shape[1]))
+        h = self.backbone.hidden(self.backbone.embed(torch.cat([prompts, noisy], 1)), pads)
+        logits = self.backbone.logits(h[:, prompts.shape[1]:]).flatten(0, 1)     # (B * G, V)
+        losses = F.cross_entropy(logits, answers.flatten(), reduction="none")
+        return losses @ weights.flatten()
+
+
+def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
+               pad_mask: torch.Tensor | None, generator: torch.Generator,
+               loss: Callable | None = None) -> torch.Tensor:
+    """LLaDA's own fine-tuning loss, see `noised`. loss: what computes it on the backbone's device,
+    `Weighted` or its `Graphed`."""
+    noisy, weights = noised(answers, backbone.config.mask_id, generator)
+    data = move((prompts, pad_mask, noisy, answers, weights), backbone.embedding.weight.device)
+    return (loss or Weighted(backbone))(*data)
+
+
+class Graphed:
+    """`Weighted`, forward and backward, as CUDA graphs: a pair for each shape of batch. Thousands
+    of launches become two, which is what a small model's update spends its time with."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.losses, self.pool = backbone, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, *data: torch.Tensor) -> torch.Tensor:
+        shape = data[0].shape, data[2].shape
+        if shape not in self.losses:  # one of them runs at a time, and so they may share memory
+            self.losses[shape] = torch.cuda.make_graphed_callables(
+                Weighted(self.backbone), tuple(x.clone() for x in data), pool=self.pool)
+        return self.losses[shape](*data)
 
 
 def examples(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, held_out: bool,
@@ -231,7 +269,7 @@ def pretrain(args: argparse.Namespace) -> None:
     def loss_fn(step: int, micro: int):
         name, rng = names[micro], random.Random(f"{args.seed} {step} {micro}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        loss = llada_loss(backbone, *move(batch(step, micro), device), generator)
+        loss = llada_loss(backbone, *batch(step, micro), generator)
         # our choice: most of a text is filler, which nobody can guess
         return loss * (0.1 if name == "text" else 1), {name: loss.item()}
 
@@ -241,7 +279,7 @@ def pretrain(args: argparse.Namespace) -> None:
         for name, task in asked.items():
             data = examples(task, tokenizer, random.Random(0), 256, True, config.eos_id)
             generator = torch.Generator().manual_seed(0)
-            loss = llada_loss(backbone, *move(data, device), generator)
+            loss = llada_loss(backbone, *data, generator)
             figures[f"held_out_{name}"] = loss.item()
         return figures
 
@@ -255,35 +293,40 @@ def pretrain(args: argparse.Namespace) -> None:
         print(f"wrote {out}, {config.parameters:,} parameters")
 
 
-def story_batches(tokenizer: Tokenizer, size: int, micros: int, seed: int,
-                  eos_id: int) -> Callable[[int, int], Batch]:
-    """batch(step, micro) of stories that are about as long, so that there is little padding: of
-    POOL batches drawn together, each has a fourth of the beginnings and of the continuations by
-    length. EOS fills the answers to a little more than the longest, in every 16th step to
-    STORY_LENGTH."""
-    @lru_cache(maxsize=1)
-    def pool(index: int) -> list[list[tuple[str, str]]]:
-        rng, batches = random.Random(f"{seed} {index}"), []
-        pairs = sorted((draw("stories", rng, False) for _ in range(POOL * size)),
-                       key=lambda pair: len(pair[0]))
-        for i in range(0, len(pairs), 4 * size):
-            fourth = sorted(pairs[i:i + 4 * size], key=lambda pair: len(pair[1]))
-            batches += [fourth[k:k + size] for k in range(0, 4 * size, size)]
-        return rng.sample(batches, POOL)
+def story_batches(tokenizer: Tokenizer, size: int, seed: int, eos_id: int,
+                  device: torch.device) -> Callable[[int], Batch]:
+    """batch(step) of stories that are about as long, see `story_pool`."""
+    pool = lru_cache(maxsize=1)(ahead(partial(story_pool, tokenizer, size, seed, eos_id),
+                                      lambda index: index + 1, device))
+    return lambda step: pool(step // POOL)[step % POOL]
 
-    def batch(step: int, micro: int) -> Batch:
-        index, which = divmod(step * micros + micro, POOL)
-        prompts, answers, pad = task_batch(pool(index)[which], tokenizer, eos_id, STORY_LENGTH)
-        longest = int((answers != eos_id).sum(1).max())
-        tail = random.Random(f"{seed} {step} {micro}").randint(1, 12)
-        return prompts, answers[:, :longest + tail if step % 16 else STORY_LENGTH], pad
 
-    return batch
+def story_pool(tokenizer: Tokenizer, size: int, seed: int, eos_id: int, index: int) -> list[Batch]:
+    """The batches of POOL steps, drawn together: each has a fourth of the beginnings and of the
+    continuations by length. Both are filled up to multiples of 16 tokens, so that there are few
+    shapes; every fourth batch has answers of STORY_LENGTH, as sampling begins with."""
+    rng, batches = random.Random(f"{seed} {index}"), []
+    pairs = sorted((draw("stories", rng, False) for _ in range(POOL * size)),
+                   key=lambda pair: len(pair[0]))
+    for i in range(0, len(pairs), 4 * size):
+        fourth = sorted(pairs[i:i + 4 * size], key=lambda pair: len(pair[1]))
+        batches += [fourth[k:k + size] for k in range(0, 4 * size, size)]
+    filled = []
+    for i, part in enumerate(rng.sample(batches, POOL)):
+        prompts, answers, pad = task_batch(part, tokenizer, eos_id, STORY_LENGTH)
+        pad = torch.zeros_like(prompts, dtype=torch.bool) if pad is None else pad
+        more = -prompts.shape[1] % 16
+        length = int((answers != eos_id).sum(1).max()) + 1  # with an EOS
+        filled.append((F.pad(prompts, (more, 0), value=eos_id),
+                       answers[:, :STORY_LENGTH if i % 4 == 0 else length + -length % 16],
+                       F.pad(pad, (more, 0), value=True)))
+    return filled
 
 
 def pretrain_stories(args: argparse.Namespace) -> None:
     """Train the model that writes stories from nothing, and write it to `args.out`."""
-    device, tokenizer, args.micros = device_of(local_device(args.device)), story_tokenizer(), 2
+    device, tokenizer, args.micros = device_of(local_device(args.device)), story_tokenizer(), 1
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     config = Config(**config_fields(build_config(tokenizer, **STORIES)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
     look_nearby(backbone, (-1, 1))
@@ -291,24 +334,27 @@ def pretrain_stories(args: argparse.Namespace) -> None:
     # after 1,000 updates the model knew where a name has to stand, and wrote any
     backbone.embedding.weight.data *= config.dim ** 0.5
     backbone.to(device)
-    batch = story_batches(tokenizer, args.batch_size, args.micros, args.seed, config.eos_id)
+    batch = story_batches(tokenizer, args.batch_size, args.seed, config.eos_id, device)
+    loss = Graphed(backbone) if device.type == "cuda" else None
 
     def loss_fn(step: int, micro: int):
         generator = torch.Generator().manual_seed(
-            random.Random(f"{args.seed} {step} {micro}").getrandbits(60))
-        return llada_loss(backbone, *move(batch(step, micro), device), generator), {}
+            random.Random(f"{args.seed} {step}").getrandbits(60))
+        return llada_loss(backbone, *batch(step), generator, loss), {}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         data = examples(TASKS["stories"], tokenizer, random.Random(0), 64, True, config.eos_id,
                         STORY_LENGTH)
         generator = torch.Generator().manual_seed(0)
-        return {"held_out": llada_loss(backbone, *move(data, device), generator).item()}
+        return {"held_out": llada_loss(backbone, *data, generator).item()}
 
     out = Path(args.out)
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
-        lr=args.lr, schedule=trapezoids, warmup=200, micros=args.micros, evaluate=evaluate,
-        settings=run_settings(args, backbone, tokenizer, batch, Backbone, llada_loss))
+        lr=args.lr, schedule=partial(trapezoids, fall=1 / 3), warmup=200, micros=args.micros,
+        evaluate=evaluate,
+        settings=run_settings(args, backbone, tokenizer, lambda step, micro: batch(step), Backbone,
+                              llada_loss))
     if processes()[0] == 0:
         write_folder(backbone, tokenizer, out, ["stories"], STORY_LENGTH, **STORIES)
         print(f"wrote {out}, {config.parameters:,} parameters")
@@ -332,7 +378,7 @@ def parser() -> Parser:
             ("tiny", pretrain, 10_500, 32, 6e-4,
              f"four puzzles; easier sums in the first {STAGE} updates"),
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
-            ("stories", pretrain_stories, 8000, 16, 2e-3, "little stories")):
+            ("stories", pretrain_stories, 20_000, 128, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=run)
         q.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint "

@@ -27,6 +27,11 @@ class Task(Protocol):
     def split_key(self, prompt: str, answer: str) -> str:
         """What training and held-out data must never share; the prompt for a task without."""
 
+    def read(self, text: str) -> str | None:
+        """A user's text as the prompt that `make` would write, None if it is none of this task's.
+        Raises `ValueError` with the format for what begins like one. A task without it gets its
+        prompts from `make` alone."""
+
 
 TASKS: dict[str, Task] = {"sudoku": Sudoku(), "chain": Chain(), "follow": Follow(), "sums": Sums(),
                           **HAYSTACKS, "stories": Stories()}

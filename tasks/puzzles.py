@@ -1,8 +1,21 @@
 """Four puzzles in text, each a class with `make(rng) -> (prompt, answer)` and
-`check(prompt, text) -> bool`, which judges by the puzzle's rules and never by comparing strings."""
+`check(prompt, text) -> bool`, which judges by the puzzle's rules and never by comparing strings.
+`read(text)` takes a puzzle of a user's own, whatever stands between its words."""
 from __future__ import annotations
 
 import itertools
+import re
+
+
+def words_of(text: str, name: str, form: str, what: str) -> list[str] | None:
+    """The words behind a puzzle's name, None for another text. Raises `ValueError` with what they
+    should be where they, with one blank between them, are not of a form."""
+    first, *words = text.split() or [""]
+    if first != name:
+        return None
+    if not re.fullmatch(form, " ".join(words)):
+        raise ValueError(f"write {name!r} and then {what}, with blanks or line breaks between")
+    return words
 
 
 class Sudoku:
@@ -40,6 +53,11 @@ class Sudoku:
     def _lines(cells: str) -> str:
         return "\n".join(cells[i:i + 4] for i in range(0, 16, 4))
 
+    def read(self, text):
+        words = words_of(text, "sudoku", r"(\s*[1-4.]){16}", "16 cells, row by row: 1 to 4, and . "
+                         "for what is to be found")
+        return words and "sudoku\n" + self._lines("".join(words)) + "\n"
+
     def check(self, prompt, text):
         cells = "".join(text.split())
         givens = "".join(prompt.removeprefix("sudoku").split())
@@ -68,6 +86,18 @@ class Chain:
             answer.append(f"{name}={value}")
         rng.shuffle(lines)
         return "chain\n" + "\n".join(lines) + "\n", " ".join(answer)
+
+    def read(self, text):
+        what = "a=3 b=a+1 ..., each of a to f once: one a digit, the others another plus 1 to 3"
+        words = words_of(text, "chain", r"([a-f]=([0-9]|[a-f]\+[1-3]) ?){6}", what)
+        if words is None:
+            return None
+        known = [word[0] for word in words if len(word) == 3]
+        for _ in words:  # what can be worked out from one digit
+            known += [word[0] for word in words if word[2] in known and word[0] not in known]
+        if len(known) != 6 or sum(len(word) == 3 for word in words) > 1:
+            raise ValueError("write 'chain' and then " + what)
+        return "chain\n" + "\n".join(words) + "\n"
 
     def check(self, prompt, text):
         lines = dict(line.split("=") for line in prompt.split()[1:])
@@ -107,6 +137,15 @@ class Follow:
             path.append(target[path[-1]])
         return ">".join(path)
 
+    def read(self, text):
+        what = "a letter to start at and a>b ..., a to h once each on both sides"
+        words = words_of(text, "follow", r"[a-h]( [a-h]>[a-h]){8}", what)
+        if words is None:
+            return None
+        if any(len({pair[side] for pair in words[1:]}) < 8 for side in (0, 2)):
+            raise ValueError("write 'follow' and then " + what)
+        return f"follow {words[0]}\n" + " ".join(words[1:]) + "\n"
+
     def check(self, prompt, text):
         _, start, *pairs = prompt.split()
         return "".join(text.split()) == self._path(dict(p.split(">") for p in pairs), start)
@@ -129,6 +168,10 @@ class Sums:
     @staticmethod
     def _row(numbers) -> str:
         return " ".join(str(number % 10) for number in numbers)
+
+    def read(self, text):
+        words = words_of(text, "sums", r"[0-9]( [1-9]){11}", "12 digits, from the second on 1 to 9")
+        return words and f"sums\n{' '.join(words)}\n"
 
     def check(self, prompt, text):
         numbers = map(int, prompt.split()[1:])

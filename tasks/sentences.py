@@ -11,13 +11,17 @@ BOYS = "Tom Ben Max Leo Sam Jack Finn Noah Paul Hugo Oscar Theo".split()
 GIRLS = "Anna Lily Mia Ella Nora Rosa Emma Lucy Zoe Ida Clara Ruth".split()
 NAMES = BOYS + GIRLS
 COLOURS = "red blue green yellow white black pink brown purple grey".split()
+ELDERS = "grandmother grandfather mother father aunt uncle".split()
+PLACES = ["the park", "the garden", "the beach", "the forest", "the meadow", "the market",
+          "the hill", "the playground", "the orchard", "the farm"]
 SPOTS = ["under the bench", "by the gate", "behind the hedge", "on the wall", "under the oak",
          "behind the shed", "beside the path", "in the tall grass", "by the fence", "on the steps"]
 FACTS = {  # example: (kind of the violation where it changes, what it may be)
     "Tom": ("name", NAMES),
     "Anna": ("name", NAMES),
     "friend": ("name", ["friend", "cousin", "neighbour"]),
-    "grandmother": ("name", "grandmother grandfather mother father aunt uncle".split()),
+    "grandmother": ("name", ELDERS),  # who gave the thing
+    "mother": ("name", ELDERS),  # who is at home
     "red": ("colour", COLOURS),
     "blue": ("colour", COLOURS),
     "kite": ("thing", "kite drum boat doll bell basket cup whistle lantern puppet flute train robot"
@@ -25,8 +29,8 @@ FACTS = {  # example: (kind of the violation where it changes, what it may be)
     "bun": ("thing", "bun pear plum carrot cookie cherry nut".split()),
     "fox": ("animal", "fox dog cat crow goat monkey rabbit mouse".split()),
     "duck": ("animal", "duck frog swan turtle beaver goose".split()),
-    "the park": ("place", ["the park", "the garden", "the beach", "the forest", "the meadow",
-                           "the market", "the hill", "the playground", "the orchard", "the farm"]),
+    "the park": ("place", PLACES),
+    "the hill": ("place", PLACES),  # where the hero lives
     "the pond": ("place", ["the pond", "the lake", "the river", "the stream", "the canal"]),
     "under the bench": ("place", SPOTS),
     "by the gate": ("place", SPOTS)}
@@ -36,6 +40,8 @@ PRONOUNS = {"he": ("Tom", "he", "she"), "his": ("Tom", "his", "her"), "him": ("T
             "her": ("Anna", "his", "her")}  # example: (who, the word for a boy, for a girl)
 DIFFERENT = {"Tom": "Anna", "red": "blue", "under the bench": "by the gate"}
 DIFFERENT |= {two: one for one, two in DIFFERENT.items()}
+# What our stories have alike and others need not: an uncle gave it, and a mother hears of it
+ALIKE = {"mother": "grandmother", "the hill": "the park"}
 
 # ------------------------------------------------------------------ the sentences
 BRIDGE = (  # after a beginning that none of these sentences would have
@@ -48,8 +54,8 @@ OPEN = (
     "There was [once |]a [little |kind |happy |]{boy} [named|called] {Tom}.",
     "In a [small|quiet|sunny] [town|village], there lived a {boy} named {Tom}.",
     "{Tom} was a [kind|brave|cheerful|curious] [little|young] {boy}.",
-    "A [little |young |]{boy} named {Tom} lived near {the park}.",
-    "{Tom} lived with {his} {grandmother} near {the park}.",
+    "A [little |young |]{boy} named {Tom} lived near {the hill}.",
+    "{Tom} lived with {his} {mother} near {the hill}.",
     "One [day|morning], a [little |]{boy} named {Tom} [woke up early|looked out of the window].",
     "The [little |]{boy} in this story was called {Tom}.",
     "This is the story of a [little |brave |]{boy} named {Tom}.")
@@ -95,7 +101,7 @@ END = (
     "From then on, {he} took good care of {his} {red} {kite}.",
     "After that day, {Tom} never let go of {his} {red} {kite} again.",
     "That night, {Tom} slept with the {red} {kite} beside {him}.",
-    "{Tom} went home and told {his} {grandmother} all about it.",
+    "{Tom} went home and told {his} {mother} all about it.",
     "And {Tom} loved {his} {red} {kite} more than ever.")
 END_TWO = END + (
     "{Tom} and {Anna} played with the {red} {kite} until [it was dark|the sun went down].",
@@ -201,7 +207,7 @@ PLOTS = {
         "Now everybody knew {Tom}'s {blue} {kite}.",
         "{Tom} and {Anna} took the {blue} {kite} to {the park}.",
         "That night, {Tom} dreamed of {his} {blue} {kite}.",
-        "{His} {grandmother} did not know {his} {blue} {kite} at first.")),
+        "{His} {mother} did not know {his} {blue} {kite} at first.")),
     "given": (BRIDGE, OPEN, OWN, (
         "{His} {friend} {Anna} had no {kite}.", "{His} {friend} {Anna} had lost {her} own {kite}.",
         "{Anna}, {his} {friend}, had never had a {kite}."), (

@@ -14,7 +14,8 @@ import re
 from string import ascii_lowercase
 from typing import NamedTuple
 
-from tasks.sentences import BRIDGE, DIFFERENT, FACTS, GIRLS, NAMES, OPEN, PLOTS, PRONOUNS, SEXES
+from tasks.sentences import (ALIKE, BRIDGE, DIFFERENT, FACTS, GIRLS, NAMES, OPEN, PLOTS, PRONOUNS,
+                             SEXES)
 
 # ------------------------------------------------------------------ from a sentence to its parts
 Fact = tuple[str, str, str]  # the kind of a violation, what is said something about, and what
@@ -131,12 +132,12 @@ class Reading(NamedTuple):
 def read(prompt: str, text: str) -> Reading:
     """Read a beginning and its continuation, of which only the latter can do wrong. A sentence of
     the beginning that is none of ours may have been about anything: what follows starts anew. So it
-    does where the continuation breaks such a sentence off with three dots."""
+    does where the continuation ends such a sentence with nothing but dots."""
     readings, end, whole = [Reading(BEGINNING, {})], len(prompt.rstrip()), prompt + text.rstrip()
     borders = [0, *(i for found in SENTENCE.finditer(whole) for i in found.span()), len(whole)]
     for start, stop in zip(borders[::2], borders[1::2]):
         sentence = whole[start:stop].strip()
-        given, broken_off = stop <= end, start < end and whole[end:stop] == "..."
+        given, broken_off = stop <= end, start < end and whole[end:stop] in (".", "..", "...")
         found = [after for r in readings for after in r.after(sentence, r.places)]
         if not found and not broken_off:
             found = [after if given else after.blamed("plot", sentence)
@@ -165,12 +166,17 @@ OUTSIDE = ("dragon princess castle space ship planet king computer three seven o
            "school car teacher Sarah John wizard ghost secret house mountain eats number 7 2024 "
            "code please write why moon orange pizza English witch flew eat Peter elephant 1 "
            "Hello").split()
+KNOWN = [*SHAPES, *(word for _, words in FACTS.values() for word in words),
+         *(word for _, *words in PRONOUNS.values() for word in words)]
+KNOWN = set(re.findall(r"\w+", " ".join(KNOWN).lower()))  # every word of every story
 SENTENCES = 6, 9  # of a story, where its plot can do with the fewer
 
 
 def choose_facts(rng: random.Random) -> dict[str, str]:
     """What stands for every example, also where it begins a sentence."""
-    facts = {example: rng.choice(words) for example, (_, words) in FACTS.items()}
+    facts = {example: rng.choice(words) for example, (_, words) in FACTS.items()
+             if example not in ALIKE}
+    facts |= {example: facts[like] for example, like in ALIKE.items()}
     for one, two in DIFFERENT.items():
         while facts[one] == facts[two]:
             facts[one] = rng.choice(FACTS[one][1])
@@ -215,6 +221,8 @@ class Stories:
     """The beginning of a story and the rest of it. `outside` is the share of beginnings that no
     story has: the rest says so, and tells another. The split is by hero, colour and thing."""
 
+    continues = True  # its answers go on where the prompt stops
+
     def __init__(self, outside: float = 0.1):
         self.outside = outside
 
@@ -237,8 +245,21 @@ class Stories:
         cut += text[cut] == " " and rng.random() < 0.05
         return text[:cut], text[cut:]
 
+    def read(self, text):
+        return text
+
+    def hint(self, prompt):
+        """What to expect of a beginning with words that no story has, "" for others."""
+        unknown = [word for word in re.findall(r"\w+", prompt) if word.lower() not in KNOWN]
+        return unknown and ("its few words do not include " + ", ".join(dict.fromkeys(unknown))
+                            + ": it goes on in a little story of its own") or ""
+
     def check(self, prompt, text):
         return not violations(prompt, text)
+
+    def faults(self, prompt, text):
+        """What is wrong, for people."""
+        return [f"{kind}: {where or 'no end'}" for kind, where in violations(prompt, text)]
 
     def split_key(self, prompt, answer):
         facts = read(prompt, answer).facts

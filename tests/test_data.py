@@ -407,7 +407,7 @@ def test_a_task_from_outside_takes_its_turn(tiny, monkeypatch):
 def asked(ckpt, **options) -> SimpleNamespace:
     """What a command line asks for."""
     return SimpleNamespace(**dict(ckpt=str(ckpt), data=None, batch_size=2, micros=2, seed=0,
-                                  max_length=500) | options)
+                                  max_length=500, device="cpu") | options)
 
 
 SPECIAL = SimpleNamespace(eos_id=1, pad_id=1, mask_id=2, max_len=500)

@@ -161,7 +161,7 @@ def test_only_safetensors_and_json_are_read(name):
 
 
 # ------------------------------------------------------------------ docstrings
-DOCUMENTED_ONCE = ("make", "check", "split_key")  # by the protocol that tasks follow
+DOCUMENTED_ONCE = ("make", "check", "split_key", "read")  # by the protocol that tasks follow
 
 
 @EVERY_FILE

@@ -150,12 +150,12 @@ class Words:
 def test_a_prompt_with_masks_is_filled_and_shown_whole(capsys):
     """No answer behind it, unless one is asked for."""
     text = "sums\n1 2 3 4 5 6 7 8 9 1 2 3\n1 <mask> 6 0 5 1 8 6<mask:2> 6 8 1"
-    assert sample.main(["--prompt", text, "--device", "cpu"]) == 0
+    assert sample.main(["--ckpt", "tiny", "--prompt", text, "--device", "cpu"]) == 0
     *steps, question, numbers, answer, said = capsys.readouterr().out.splitlines()
     assert len(steps) == 3 and question == "sums" and said.startswith("3 tokens  3 forwards")
     assert answer == "1 3 6 0 5 1 8 6 5 6 8 1"
-    assert sample.main(["--prompt", text, "--device", "cpu", "--gen-length", "24", "--quiet",
-                        "--no-early-stop"]) == 0
+    assert sample.main(["--ckpt", "tiny", "--prompt", text, "--device", "cpu", "--gen-length", "24",
+                        "--quiet", "--no-early-stop"]) == 0
     assert capsys.readouterr().out.startswith("sums\n1 2 3 4 5 6 7 8 9 1 2 3\n1 ")
 
 

@@ -270,7 +270,7 @@ def test_the_answer_on_a_terminal_is_the_answer(tokenizer, monkeypatch, argv, ti
         parsed = sampling_parser("", ["low_confidence"], []).parse_args(["--prompt", "hi", *args])
         variants = {"without memory": decode, "with memory": decode} if parsed.compare else \
             {"": decode}
-        return answer_prompts(parsed, variants, tokenizer, SPECIAL, "cpu", 8, {}, None, None)
+        return answer_prompts(parsed, variants, tokenizer, SPECIAL, "cpu", 8, {}, [], None)
 
     assert main(argv) == 0
     monkeypatch.undo()

@@ -333,22 +333,24 @@ def test_pretraining_on_haystacks(few, tmp_path):
 
 # ------------------------------------------------------------------ stories
 def test_batches_of_stories_have_little_padding(words):
-    """Each step has its own stories, none of them held out, whole and with an end; more than two
-    thirds of a batch are text, and every 16th step goes up to the full length."""
-    task, text, all_, seen = TASKS["stories"], 0, 0, set()
-    batch = story_batches(words, 8, 2, 0, 1)
-    for step in range(1, 1 + POOL // 2):
-        for micro in range(2):
-            prompts, answers, pad = batch(step, micro)
-            text += int((answers != 1).sum() + (prompts != 1).sum())
-            all_ += answers.numel() + prompts.numel()
-            assert (answers[:, -1] == 1).all() and answers.shape[1] <= STORY_LENGTH
-            prompt, story = (words.decode(ids[0], True) for ids in (prompts, answers))
-            assert task.check(prompt, story) and not is_held_out(task, prompt, story)
-            seen.add(prompt + story)
-    assert text / all_ > 0.66 and len(seen) == POOL
-    assert batch(16, 0)[1].shape[1] == STORY_LENGTH
-    assert torch.equal(story_batches(words, 8, 2, 0, 1)(3, 1)[1], batch(3, 1)[1])
+    """Each step has its own stories, none of them held out, whole and with an end; most of a batch
+    is text, every fourth goes up to the full length, and there are few shapes."""
+    task, text, all_, seen, shapes = TASKS["stories"], 0, 0, set(), set()
+    batch = story_batches(words, 8, 0, 1, torch.device("cpu"))
+    for step in range(2 * POOL):
+        prompts, answers, pad = batch(step)
+        text += int((answers != 1).sum() + (~pad).sum())
+        all_ += answers.numel() + prompts.numel()
+        shapes.add((prompts.shape[1], answers.shape[1]))
+        assert (answers[:, -1] == 1).all() and bool((prompts[pad] == 1).all())
+        assert (answers.shape[1] == STORY_LENGTH) >= (step % 4 == 0)
+        prompt, story = (words.decode(ids[0], True) for ids in (prompts, answers))
+        assert task.check(prompt, story) and not is_held_out(task, prompt, story)
+        seen.add(prompt + story)
+    assert text / all_ > 0.5 and len(seen) == 2 * POOL
+    assert all(n % 16 == 0 for shape in shapes for n in shape) and len(shapes) < POOL
+    again = story_batches(words, 8, 0, 1, torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(again(21), batch(21)))
 
 
 def test_words_of_stories_are_one_token(words):

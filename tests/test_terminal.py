@@ -209,7 +209,7 @@ def test_no_command_is_silent_for_long(impatient, capsys, tmp_path):
     special = argparse.Namespace(mask_id=MASK_ID, eos_id=EOS_ID, pad_id=EOS_ID, max_len=99)
     (tmp_path / "x").write_text("a\nb\n")
     args = sampling_parser("", ["random"], []).parse_args(["--prompts", str(tmp_path / "x")])
-    assert answer_prompts(args, {"": slowly}, tokenizer, special, "cpu", 8, {}, None, None) == 0
+    assert answer_prompts(args, {"": slowly}, tokenizer, special, "cpu", 8, {}, [], None) == 0
     said = capsys.readouterr().err
     assert re.search(r"answering, 1 of 2, \S+ prompts/s, \d\d:\d\d left: ", said)
     for quiet in (True, False):

@@ -1,0 +1,125 @@
+"""What a user asks of the models that come along: a beginning of a story, a puzzle of one's own, a
+text that they do not know."""
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+import sample
+from lib.asked import Asked, share, understood
+from lib.cli import InputError
+from tasks import TASKS, draw
+
+PUZZLES = ("sudoku", "chain", "follow", "sums")
+OWN = {"sudoku": "1... .2.. ..3. ...4", "chain": "b=a+1 a=3 c=b+3 d=c+1 f=e+2 e=d+1",
+       "follow": "c a>b b>a c>d d>c e>f f>e g>h h>g", "sums": "0 1 2 3 4 5 6 7 8 9 1 2"}
+
+
+def asked(text: str, *names: str) -> Asked:
+    return understood(text, "model", TASKS, names or PUZZLES)
+
+
+# ------------------------------------------------------------------ puzzles
+@pytest.mark.parametrize("name", PUZZLES)
+def test_a_puzzle_of_the_task_is_read_as_it_is(name):
+    """What `make` writes, and the same with other blanks between."""
+    rng = random.Random(name)
+    for _ in range(50):
+        prompt, answer = draw(name, rng, True)
+        for text in (prompt, prompt.replace("\n", " "), "\n " + prompt.replace(" ", "\n\n")):
+            found = asked(text)
+            assert (found.prompt, found.task, found.hint, found.lead) == (
+                prompt, TASKS[name], "", "")
+        assert found.verdict(answer) == (True, "right")
+        assert found.verdict(answer[:-1]) == (False, "wrong")
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+def test_a_broken_puzzle_names_the_format(name):
+    """A word too few or too many, a word twice in place of another, one that is none."""
+    words = OWN[name].split()
+    assert asked(f"{name} {OWN[name]}").task is TASKS[name]
+    wrong = [words[:-1], [*words, words[-1]], [], ["?", *words[1:]], [words[0], *words[2:], "x"]]
+    wrong += [[*words[:-1], words[1]]] if name in ("chain", "follow") else []
+    for broken in wrong:
+        with pytest.raises(InputError, match=f"^{name}: write '{name}' and then "):
+            asked(" ".join([name, *broken]))
+
+
+@pytest.mark.parametrize("chain", ["a=b+1 b=a+1 c=1 d=c+1 e=d+1 f=e+1", "a=1 b=2 c=b+1 d=c+1 e=d+1 "
+                                   "f=e+1", "a=a+1 b=a+1 c=b+1 d=c+1 e=d+1 f=e+1"])
+def test_a_chain_without_an_end_is_refused(chain):
+    """A circle, two beginnings: neither could be worked out, nor judged."""
+    with pytest.raises(InputError, match="^chain: "):
+        asked(f"chain {chain}")
+
+
+def test_another_text_is_none_of_the_puzzles():
+    """It is left as it is, nothing judges it, and what the model knows is said."""
+    for text in ("hello", "Sudoku?", "sudokus 1", "Once upon a time", "sums2", "\x00"):
+        found = asked(text)
+        assert (found.prompt, found.task, found.lead) == (text, None, "")
+        assert "sudoku, chain, follow, sums" in found.hint
+    assert understood("hello", "llada-8b", TASKS, []) == Asked("hello")
+    assert understood("hello", "mine", TASKS, ["unknown"]) == Asked("hello")
+    assert "track4-64" in asked("hello", "track4-64").hint
+
+
+# ------------------------------------------------------------------ stories
+def test_a_beginning_is_gone_on_with():
+    """Judged with it; what is wrong is named."""
+    found = asked("Lily had a red kite.", "stories")
+    assert found.lead == found.prompt == "Lily had a red kite." and found.hint == ""
+    right, words = found.verdict(" One day, Lily took it. And Lily loved her blue kite more "
+                                "than ever.")
+    assert not right and words == "wrong: grammar: One day, Lily took it.; colour: blue"
+    assert found.verdict("") == (False, "wrong: plot: no end")
+
+
+@pytest.mark.parametrize("text, unknown", [
+    ("There was a dragon", "dragon"), ("Once upon a time", ""), ("2 + 2 = 4, Tom?", "2, 4"),
+    ("LILY ran", "")])
+def test_words_that_no_story_has_are_named(text, unknown):
+    """Once each, on the way to a story of its own."""
+    hint = asked(text, "stories").hint
+    assert bool(hint) == bool(unknown) and f"include {unknown}:" in hint or not unknown
+
+
+# ------------------------------------------------------------------ the command
+def told(capsys, *argv: str) -> tuple[list[str], str]:
+    assert sample.main([*argv, "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    return said.out.splitlines(), said.err
+
+
+def test_a_prompt_goes_to_the_stories(capsys):
+    """The whole of it stands there, judged, and a model is chosen that can go on with it."""
+    lines, err = told(capsys, "--prompt", "Once upon a time", "--steps", "20")
+    assert lines[-3].startswith("Once upon a time") and re.match("right|wrong: ", lines[-1])
+    assert err == ""
+    lines, err = told(capsys, "--prompt", "There was a dragon", "--steps", "20", "--quiet")
+    assert len(lines) == 1 and "dragon" not in lines[0] and "do not include dragon" in err
+
+
+def test_a_puzzle_of_ones_own_is_solved(capsys):
+    """And judged."""
+    lines, _ = told(capsys, "--ckpt", "tiny", "--prompt", "sudoku " + OWN["sudoku"])
+    assert lines[:2] == ["sudoku", "1..."] and lines[-1] == "right"
+    lines, err = told(capsys, "--ckpt", "tiny", "--prompt", "hello", "--quiet")
+    assert "tiny was trained on sudoku" in err
+
+
+def test_several_answers_are_counted(capsys):
+    """Held-out puzzles, or draws for one prompt; shares with their interval."""
+    lines, _ = told(capsys, "--number", "3", "--task", "chain")
+    assert lines.count("right") + lines.count("wrong") == 3 and lines.count("chain") == 3
+    assert lines[-1] == share(lines.count("right"), 3)
+    lines, _ = told(capsys, "--number", "2", "--prompt", "sums " + OWN["sums"], "--temperature",
+                    "9", "--ckpt", "tiny")
+    assert lines[-1].startswith(f"{lines.count('right')} of 2 right") and lines[0] == "sums"
+    for alone in (["--prompt", "Once"], ["--prompts", __file__], ["--chat"]):
+        assert sample.main(["--number", "2", *alone]) == 2
+        assert "--number is for a task" in capsys.readouterr().err
+    assert share(2, 2) == "2 of 2 right: 100% (34 to 100)"
