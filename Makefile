@@ -1,11 +1,12 @@
-# From a bare machine with Python 3.11 or newer: `make demo` installs and shows the tiny model
-# write, `make test` installs and runs the tests, `make faults` those that are slow by nature: many
-# kills, full disks, long loops. All work in .venv and reuse it afterwards.
+# From a bare machine with Python 3.11 or newer: `make demo` installs and shows the models that come
+# along write, without and with a memory, `make test` installs and runs the tests, `make faults`
+# those that are slow by nature: many kills, full disks, long loops. All work in .venv and reuse it.
 PYTHON ?= python3
 VENV   ?= .venv
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python sample.py
+	$(VENV)/bin/python sample.py --prompt "Once upon a time"
+	$(VENV)/bin/python sample.py --steps 3 --memory checkpoints/tiny/metastate.safetensors --compare
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q tests

@@ -1,9 +1,9 @@
 """How checkpoints/tiny, haystack and stories were made: a tokenizer, a LLaDA of 0.4 M parameters,
-for stories of 0.9 M, and its pretraining on tasks.
+for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
-    python -m studies.pretrain stories --out out/stories      # from nothing, some hours on one core
+    python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on an H100
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
 
@@ -378,7 +378,7 @@ def parser() -> Parser:
             ("tiny", pretrain, 10_500, 32, 6e-4,
              f"four puzzles; easier sums in the first {STAGE} updates"),
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
-            ("stories", pretrain_stories, 20_000, 128, 3e-3, "little stories")):
+            ("stories", pretrain_stories, 12_163, 192, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=run)
         q.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint "

@@ -113,6 +113,25 @@ def test_accuracy_example_for_example(tmp_path, capsys, monkeypatch):
     assert any(line.startswith("| data | right | MetaState | 12 | ") for line in lines)
 
 
+def test_stories_example_for_example(tmp_path):
+    """In blocks, with answers that end in each of them: the harness has for every beginning what
+    `solve` has, which judges by the grammar."""
+    prompts = own_task(tmp_path / "own.jsonl", "stories", 4)
+    assert bench.main(["harness", "--ckpt", "stories", "--data", str(tmp_path / "own.jsonl"),
+                       "--out", str(tmp_path / "out"), "--steps", "40", "--batch-size", "3"]) == 0
+    texts = [s["text"] for s in samples_of(tmp_path / "out", "data-frozen")]
+    answered = []
+
+    class Kept:
+        def check(self, prompt, text):
+            answered.append(text)
+            return TASKS["stories"].check(prompt, text)
+
+    verdicts, _ = bench.solve(*load("stories", "cpu"), Kept(), prompts, 160, steps=40)
+    assert texts == answered and all(texts)
+    assert [TASKS["stories"].check(*pair) for pair in zip(prompts, texts)] == verdicts
+
+
 def test_lm_eval_itself(tmp_path, capsys):
     """A task of one's own in a folder: lm-eval's verdicts are those of the same examples as
     data."""
