@@ -13,38 +13,32 @@ from lib.ahead import Ahead, ahead
 from lib.data import task_batches
 from lib.hub import CHECKPOINTS
 from lib.tokenizer import Tokenizer
-from studies.pretrain import story_pool
 from tasks import draw
 
 
-def squares(key: int) -> list:
-    """Nested as a batch is, and from where it was made."""
-    if key == 7:
-        raise ValueError("seven")
-    return [torch.tensor([key ** 2]), (None, torch.tensor([os.getpid()]))]
-
-
 def test_results_come_in_order_from_other_processes():
-    """From any key on, again for one that was had, and what fails there fails here."""
-    made = Ahead(squares, lambda key: key + 2, 2)
+    """From any key on, again for one that was had, nested as a batch is, and what fails there fails
+    here."""
+    made = Ahead(torch.arange, lambda key: key + 2, 1)
     for key in (0, 2, 4, 1, 3, 0, 100):
-        square, (nothing, where) = made(key)
-        assert square.item() == key ** 2 and nothing is None and where.item() != os.getpid()
-    with pytest.raises(ValueError, match="seven"):
-        made(7)
-    assert made(9)[0].item() == 81
+        assert made(key).tolist() == list(range(key))
+    with pytest.raises(RuntimeError, match="upper bound"):
+        made(-1)
+    assert made(9).tolist() == list(range(9))
+    made.function = torch.tensor([[1, 2], [3, 4]]).unbind  # to a tuple of tensors
+    assert [x.tolist() for x in made(0)] == [[1, 2], [3, 4]]
     made.pool.shutdown(cancel_futures=True)
 
 
 def test_on_a_cpu_nothing_is_made_ahead():
     """There the cores are the model's."""
-    assert ahead(squares, lambda key: key + 1, "cpu") is squares
-    assert ahead(squares, lambda key: key + 1, None) is squares
+    assert ahead(torch.arange, lambda key: key + 1, "cpu") is torch.arange
+    assert ahead(torch.arange, lambda key: key + 1, None) is torch.arange
 
 
 def test_a_gpu_gets_the_same_batches(monkeypatch):
     """Of tasks, for each of two processes, and those that a run may begin with."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     monkeypatch.setattr("lib.data.processes", lambda: (0, 2))
     monkeypatch.setattr("lib.ahead.processes", lambda: (0, 1))
     tokenizer = Tokenizer.from_folder(CHECKPOINTS["tiny"])
@@ -58,25 +52,10 @@ def test_a_gpu_gets_the_same_batches(monkeypatch):
 
 def test_a_command_ends_with_its_workers(tmp_path):
     """Also while they still work."""
-    code = ("from lib.ahead import Ahead\nfrom tests.test_ahead import squares\n"
-            "if __name__ == '__main__':\n"
-            "    made = Ahead(squares, lambda key: key + 1, 2)\n    print(made(3)[0].item())\n")
+    code = ("import torch\nfrom lib.ahead import Ahead\nif __name__ == '__main__':\n"
+            "    print(Ahead(torch.arange, lambda key: key + 1, 2)(3).tolist())\n")
     path = tmp_path / "command.py"
     path.write_text(code)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path)
-    assert (done.stdout, done.returncode) == ("9\n", 0), done.stderr
-
-
-def test_pools_of_stories_are_the_same_anywhere():
-    """Made by a function that other processes can be given."""
-    from studies.pretrain import story_tokenizer
-    tokenizer = story_tokenizer()
-    here = story_pool(tokenizer, 1, 0, 1, 3)
-    made = Ahead(squares, lambda key: key + 1, 1)
-    made.function = __import__("functools").partial(story_pool, tokenizer, 1, 0, 1)
-    there = made(3)
-    made.pool.shutdown(cancel_futures=True)
-    assert all(torch.equal(a, b) for one, other in zip(here, there)
-               for a, b in zip(one, other) if a is not None)
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("[0, 1, 2]\n", 0), done.stderr
