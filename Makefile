@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python sample.py --steps 3 --memory checkpoints/tiny/metastate.safetensors --compare
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
 faults: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q tests -m faults

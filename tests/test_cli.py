@@ -70,7 +70,7 @@ NO_NAMES = ["x" * 300, "~nobody-of-that-name/x", "random:llada-8b"]
     (memdlm.main, ["sample", "--prompt", "hi", "--ckpt"]), (footprint.main, ["--ckpt"]),
     (memdlm.main, ["train", "--out", "out", "--ckpt"]), (bench.main, ["accuracy", "--ckpt"]),
     (memdlm.main, ["sample", "--prompt", "hi", "--ckpt", "tiny", "--fast-weights"]),
-    (memdlm.main, ["bench", "--standard", "tiny", "--memdlm"])], ids=repr)
+    (memdlm.main, ["bench", "--standard", "tiny", "--memdlm"])])
 def test_names_that_no_checkpoint_has(main, argv, name, capsys, tmp_path, monkeypatch):
     """Too long for the system, of a user who is not there, or with no files of its own: each
     command says so in one line, before anything is read."""
@@ -125,7 +125,7 @@ def test_results_that_a_full_disk_does_not_take(cli_fails, text_ckpt, monkeypatc
     (listed(count), {"4": [4], "4,4,12": [4, 4, 12]}, ["", "4,", ",4", "4,x", "0", "4;12"]),
     (listed(count, empty=True), {"": [], "1,2": [1, 2]}, [",", "1,", "x"]),
     (one_of(["a", "b"], "letter"), {"a": "a", "b": "b"}, ["c", "", "A", "a,b"]),
-    (listed(one_of(["a", "b"], "letter")), {"b,a": ["b", "a"]}, ["a,c", ""])], ids=str)
+    (listed(one_of(["a", "b"], "letter")), {"b,a": ["b", "a"]}, ["a,c", ""])])
 def test_types_of_options(kind, good, bad):
     """What each takes, and that all else is one line that names the option and the value."""
     p = Parser()

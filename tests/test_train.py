@@ -216,7 +216,7 @@ def grads_of(memory: MetaState, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("options, reset", [
     (dict(), False), (dict(), True), (dict(K=2, lam=0.0, concentration=5.0), False),
-    (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False)], ids=str)
+    (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False)])
 def test_the_loss_is_the_slow_one(shallow, options, reset):
     """Masks, the clock, weights, both means, Dream's shift, prompts and answers of several lengths
     with padding behind, the control without memory: loss and gradients are those of a loop over
