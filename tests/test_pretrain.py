@@ -21,9 +21,9 @@ from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
 from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT, SPECIAL,
-                              STAGE, STORIES, STORY_LENGTH, build_config, llada_loss, look_nearby,
-                              puzzle, short_haystack, story_batches, story_tokenizer, trapezoids,
-                              write_folder)
+                              STAGE, STORIES, STORY_LENGTH, Graphed, build_config, llada_loss,
+                              look_nearby, puzzle, short_haystack, story_batches, story_tokenizer,
+                              trapezoids, write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from train import fit
@@ -332,6 +332,22 @@ def test_pretraining_on_haystacks(few, tmp_path):
 
 
 # ------------------------------------------------------------------ stories
+def test_each_shape_of_batch_is_one_graph(words, monkeypatch):
+    """The loss is the same with graphs as without; here what would be recorded is called."""
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, data, pool: (
+        recorded.append([tuple(x.shape) for x in data]) or module))
+    backbone = fresh(words, **STORIES)
+    graphed, batch = Graphed(backbone), story_batches(words, 4, 0, 1, torch.device("cpu"))
+    for step in (0, 1, 2, 0, 2):
+        one, other = (llada_loss(backbone, *batch(step), seeded(step), loss)
+                      for loss in (None, graphed))
+        assert torch.equal(one, other) and one > 0
+    shapes = [[tuple(x.shape) for x in batch(step)] for step in range(3)]
+    assert len(recorded) == len({str(shape) for shape in shapes})
+
+
 def test_batches_of_stories_have_little_padding(words):
     """Each step has its own stories, none of them held out, whole and with an end; most of a batch
     is text, every fourth goes up to the full length, and there are few shapes."""
