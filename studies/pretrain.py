@@ -215,7 +215,8 @@ def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
 
 class Graphed:
     """`Weighted`, forward and backward, as CUDA graphs: a pair for each shape of batch. Thousands
-    of launches become two, which is what a small model's update spends its time with."""
+    of launches become two, which is what a small model's update spends its time with. Gradients
+    stay where they are recorded: an update is one batch, for the next would overwrite them."""
 
     def __init__(self, backbone: Backbone):
         self.backbone, self.losses, self.pool = backbone, {}, torch.cuda.graph_pool_handle()
