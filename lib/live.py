@@ -172,7 +172,8 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         ids = torch.tensor([fillable_ids(prompt, tokenizer, raw, special.mask_id)], device=device)
         if asked.task and not asked.lead and not args.quiet:
             print(prompt, flush=True)
-        delay = args.delay if args.delay is not None else 0.08 if asked.task else 0.0
+        usual = 0.03 if asked.lead else 0.08 if asked.task else 0.0
+        delay = usual if args.delay is None else args.delay
         for name, decode in variants.items():
             if name:
                 print(f"{name}:", flush=True)
@@ -182,7 +183,7 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
                 found, words = asked.verdict(text)
                 right[name] += found
                 print(words, flush=True)
-    for name, found in right.items() if asked.task and args.number > 1 else ():
+    for name, found in right.items() if asked.task and args.number > 1 and not args.quiet else ():
         print(f"{name}{': ' if name else ''}{share(found, args.number)}")
     return 0
 

@@ -161,7 +161,7 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     p.add_argument("--number", type=size, default=1, help="so many answers: how many are right")
     p.add_argument("--batch-size", type=size, default=1, help="prompts at a time with --prompts")
     p.add_argument("--delay", type=number(0, 60), help="seconds to rest after each frame on a "
-                   "terminal (default: 0.08 for tasks, which are solved in a blink, else 0)")
+                   "terminal (default: 0.08 for puzzles, 0.03 for stories, else 0)")
     p.add_argument("--quiet", action="store_true", help="the answer only, no live view")
     return p
 

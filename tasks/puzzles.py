@@ -88,14 +88,14 @@ class Chain:
         return "chain\n" + "\n".join(lines) + "\n", " ".join(answer)
 
     def read(self, text):
-        what = "a=3 b=a+1 ..., each of a to f once: one a digit, the others another plus 1 to 3"
+        what = "a=3 b=a+1 ..., a to f in any order: a digit, the next that plus 1 to 3, and so on"
         words = words_of(text, "chain", r"([a-f]=([0-9]|[a-f]\+[1-3]) ?){6}", what)
         if words is None:
             return None
         known = [word[0] for word in words if len(word) == 3]
         for _ in words:  # what can be worked out from one digit
             known += [word[0] for word in words if word[2] in known and word[0] not in known]
-        if len(known) != 6 or sum(len(word) == 3 for word in words) > 1:
+        if len(known) != 6 or len({word[2:3] for word in words if len(word) > 3}) != 5:
             raise ValueError("write 'chain' and then " + what)
         return "chain\n" + "\n".join(words) + "\n"
 

@@ -48,10 +48,12 @@ def test_a_broken_puzzle_names_the_format(name):
             asked(" ".join([name, *broken]))
 
 
-@pytest.mark.parametrize("chain", ["a=b+1 b=a+1 c=1 d=c+1 e=d+1 f=e+1", "a=1 b=2 c=b+1 d=c+1 e=d+1 "
-                                   "f=e+1", "a=a+1 b=a+1 c=b+1 d=c+1 e=d+1 f=e+1"])
+@pytest.mark.parametrize("chain", ["a=b+1 b=a+1 c=1 d=c+1 e=d+1 f=e+1",
+                                   "a=1 b=2 c=b+1 d=c+1 e=d+1 f=e+1",
+                                   "a=1 b=a+1 c=a+1 d=c+1 e=d+1 f=e+1",
+                                   "a=a+1 b=a+1 c=b+1 d=c+1 e=d+1 f=e+1"])
 def test_a_chain_without_an_end_is_refused(chain):
-    """A circle, two beginnings: neither could be worked out, nor judged."""
+    """A circle, two beginnings, a fork: the order of the answer would be anyone's guess."""
     with pytest.raises(InputError, match="^chain: "):
         asked(f"chain {chain}")
 
