@@ -2,10 +2,12 @@
 answer is right."""
 from __future__ import annotations
 
-from typing import Iterable, NamedTuple
+from pathlib import Path
+from typing import Iterable, NamedTuple, Sequence
 
 from lib.accuracies import wilson
 from lib.cli import InputError
+from lib.hub import CHECKPOINTS, stated
 
 
 class Asked(NamedTuple):
@@ -26,6 +28,33 @@ class Asked(NamedTuple):
             return True, "right"
         faults = getattr(self.task, "faults", lambda prompt, text: [])(self.prompt, text)
         return False, "wrong" + (": " if faults else "") + "; ".join(faults)
+
+
+def usual_model(prompt: str | None, task: str | None, memory: str | None) -> str:
+    """The model of ours that is meant where none is named: whose folder the memory lies in, which
+    knows the task or the puzzle that a prompt begins with; else the one that goes on with any
+    prompt, or without one tiny."""
+    first = "" if prompt is None else (prompt.split() or [""])[0].lower().rstrip(":")
+    for name in ("tiny", "haystack", "stories"):
+        if memory is not None and Path(memory).resolve().parent == CHECKPOINTS[name] or \
+                {task, first} & {*stated(name).tasks}:
+            return name
+    return "tiny" if prompt is None else "stories"
+
+
+def unknown_to(prompts: Sequence, tasks: dict, names: Sequence[str]) -> str:
+    """What the user should know where some of a file's prompts are none of a model's tasks."""
+    reads = [tasks[name].read for name in names if hasattr(tasks.get(name), "read")]
+
+    def is_known(prompt) -> bool:
+        try:
+            return any(read(prompt) is not None for read in reads)
+        except ValueError:
+            return False
+
+    unknown = sum(not is_known(p.prompt) for p in prompts if isinstance(p.prompt, str))
+    return f"{unknown} of {len(prompts)} prompts are none of {', '.join(names)}, and the model " \
+        "knows nothing else" if reads and unknown else ""
 
 
 def understood(text: str, ckpt: str, tasks: dict, names: Iterable[str]) -> Asked:

@@ -12,7 +12,7 @@ from typing import Callable, Sequence, TextIO
 import torch
 
 from lib.answers import Ends, end_tokens, held, written
-from lib.asked import Asked, share, understood
+from lib.asked import Asked, share, understood, unknown_to
 from lib.batch import answer_file
 from lib.chat import chat
 from lib.cli import require
@@ -153,6 +153,9 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
         prompts = read_once(lambda: read_prompts(
             args.prompts, tokenizer, args.raw or gen_length == 0, room, special.mask_id, fill=True,
             fill_only=gen_length == 0))
+        if hint := unknown_to([p for p in prompts if not p.error and special.mask_id not in p.ids],
+                              tasks, names):
+            note(hint)
         return answer_file(args, *variants.values(), prompts, tokenizer, special, device, watched)
     require(processes()[1] == 1, "several processes share the lines of --prompts: pass a file")
     if args.chat:

@@ -8,6 +8,7 @@ from typing import Callable, Iterable
 
 from lib import identity
 from lib.answers import HOLDS
+from lib.asked import usual_model
 from lib.checks import check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
                      spelled, whole, written)
@@ -97,10 +98,8 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """Choose a model where none is named, and refuse options of sample.py that do not go
-    together."""
-    if args.ckpt is None:
-        args.ckpt = "tiny" if args.prompt is None else "stories"
+    """Choose a model where none is named; refuse options of sample.py that do not go together."""
+    args.ckpt = args.ckpt or usual_model(args.prompt, args.task, args.memory)
     once = args.chat or args.prompts is not None or args.prompt is not None and not args.temperature
     require(args.number == 1 or not once, "--number is for a task, or for a --prompt with a "
             "--temperature, whose answers differ")
@@ -146,7 +145,8 @@ def sampling_parser(doc: str, orders: Iterable[str], tasks: Iterable[str]) -> Pa
     what.add_argument("--task", type=one_of(tasks, "task"), help="a held-out prompt of this task")
     p.add_argument("--system", type=written, metavar="TEXT", help="what a chat model is told first")
     p.add_argument("--raw", action="store_true", help="the text as it is, without chat format")
-    add_model_options(p, None, kind=with_text, usual="stories for a --prompt, else tiny")
+    add_model_options(p, None, kind=with_text, usual="stories for a --prompt, else the "
+                      "one that knows the task, or tiny")
     p.add_argument("--memory", type=tensors_file, metavar="FILE",
                    help="a MetaState memory trained for it")
     p.add_argument("--compare", action="store_true", help="without the memory, then with it")

@@ -10,8 +10,8 @@ import re
 def words_of(text: str, name: str, form: str, what: str) -> list[str] | None:
     """The words behind a puzzle's name, None for another text. Raises `ValueError` with what they
     should be where they, with one blank between them, are not of a form."""
-    first, *words = text.split() or [""]
-    if first != name:
+    first, *words = text.replace("\\n", " ").split() or [""]  # as a shell passes a line break on
+    if first.lower().rstrip(":") != name:
         return None
     if not re.fullmatch(form, " ".join(words)):
         raise ValueError(f"write {name!r} and then {what}, with blanks or line breaks between")
@@ -56,7 +56,23 @@ class Sudoku:
     def read(self, text):
         words = words_of(text, "sudoku", r"(\s*[1-4.]){16}", "16 cells, row by row: 1 to 4, and . "
                          "for what is to be found")
-        return words and "sudoku\n" + self._lines("".join(words)) + "\n"
+        if words is None:
+            return None
+        if self.solutions(cells := "".join(words)) == 0:
+            raise ValueError("this one has no solution")
+        return "sudoku\n" + self._lines(cells) + "\n"
+
+    def hint(self, prompt):
+        """What to expect of a puzzle with more than one solution, "" for others."""
+        found = self.solutions("".join(prompt.split()[1:]))
+        return f"{found} solutions; it was trained on puzzles with one" if found > 1 else ""
+
+    def solutions(self, cells: str) -> int:
+        """In how many grids the 16 cells are these, where they are not dots."""
+        fitting = (1 << len(self.grids)) - 1
+        for having, cell in zip(self.having, cells):
+            fitting &= having.get(cell, -1)
+        return fitting.bit_count()
 
     def check(self, prompt, text):
         cells = "".join(text.split())

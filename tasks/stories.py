@@ -250,7 +250,11 @@ class Stories:
 
     def hint(self, prompt):
         """What to expect of a beginning with words that no story has, "" for others."""
-        unknown = [word for word in re.findall(r"\w+", prompt) if word.lower() not in KNOWN]
+        words = re.findall(r"\w+", prompt) or [prompt.strip()]
+        unknown = [word for word in words if word.lower() not in KNOWN]
+        if unknown[-1:] == words[-1:] and prompt.endswith(words[-1]) and any(
+                word.startswith(words[-1].lower()) for word in KNOWN):
+            unknown.pop()  # cut off in the middle
         return unknown and ("its few words do not include " + ", ".join(dict.fromkeys(unknown))
                             + ": it goes on in a little story of its own") or ""
 
@@ -259,7 +263,9 @@ class Stories:
 
     def faults(self, prompt, text):
         """What is wrong, for people."""
-        return [f"{kind}: {where or 'no end'}" for kind, where in violations(prompt, text)]
+        names = {"grammar": "none of its sentences", "plot": "at the wrong point"}
+        return [f"{names.get(kind, kind)}: {where}" if where else "no end"
+                for kind, where in violations(prompt, text)]
 
     def split_key(self, prompt, answer):
         facts = read(prompt, answer).facts

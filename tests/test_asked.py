@@ -8,8 +8,9 @@ import re
 import pytest
 
 import sample
-from lib.asked import Asked, share, understood
+from lib.asked import Asked, share, understood, usual_model
 from lib.cli import InputError
+from lib.hub import CHECKPOINTS
 from tasks import TASKS, draw
 
 PUZZLES = ("sudoku", "chain", "follow", "sums")
@@ -28,7 +29,9 @@ def test_a_puzzle_of_the_task_is_read_as_it_is(name):
     rng = random.Random(name)
     for _ in range(50):
         prompt, answer = draw(name, rng, True)
-        for text in (prompt, prompt.replace("\n", " "), "\n " + prompt.replace(" ", "\n\n")):
+        for text in (prompt, prompt.replace("\n", " "), "\n " + prompt.replace(" ", "\n\n"),
+                     prompt.replace("\n", "\\n").capitalize() if name == "sudoku" else prompt,
+                     prompt.replace(name, name + ":", 1)):
             found = asked(text)
             assert (found.prompt, found.task, found.hint, found.lead) == (
                 prompt, TASKS[name], "", "")
@@ -41,6 +44,7 @@ def test_a_broken_puzzle_names_the_format(name):
     """A word too few or too many, a word twice in place of another, one that is none."""
     words = OWN[name].split()
     assert asked(f"{name} {OWN[name]}").task is TASKS[name]
+    assert usual_model(f"{name}\n{OWN[name]}", None, None) == "tiny"
     wrong = [words[:-1], [*words, words[-1]], [], ["?", *words[1:]], [words[0], *words[2:], "x"]]
     wrong += [[*words[:-1], words[1]]] if name in ("chain", "follow") else []
     for broken in wrong:
@@ -56,6 +60,25 @@ def test_a_chain_without_an_end_is_refused(chain):
     """A circle, two beginnings, a fork: the order of the answer would be anyone's guess."""
     with pytest.raises(InputError, match="^chain: "):
         asked(f"chain {chain}")
+
+
+def test_a_sudoku_without_a_solution_is_refused():
+    """One with several is not, and their number is said."""
+    with pytest.raises(InputError, match="^sudoku: this one has no solution"):
+        asked("sudoku 11.. .... .... ....")
+    assert asked("sudoku " + 4 * ".... ").hint.startswith("model: 288 solutions")
+
+
+def test_the_model_that_is_meant():
+    """Where none is named: by the memory's folder, the task, the puzzle, or that there is a
+    prompt."""
+    tiny = str(CHECKPOINTS["tiny"] / "metastate.safetensors")
+    for model, *said in (("tiny", None, None, None), ("tiny", None, "sums", None),
+                         ("stories", None, "stories", None), ("haystack", None, "needle2-64", None),
+                         ("stories", "Once", None, None), ("stories", "Sumsy", None, None),
+                         ("tiny", "Sums: 1", None, None), ("tiny", "Once", None, tiny),
+                         ("stories", "Once", None, "elsewhere.safetensors")):
+        assert usual_model(*said) == model
 
 
 def test_another_text_is_none_of_the_puzzles():
@@ -76,13 +99,15 @@ def test_a_beginning_is_gone_on_with():
     assert found.lead == found.prompt == "Lily had a red kite." and found.hint == ""
     right, words = found.verdict(" One day, Lily took it. And Lily loved her blue kite more "
                                 "than ever.")
-    assert not right and words.startswith("wrong: grammar: One day, Lily took it.; colour: blue")
-    assert found.verdict("") == (False, "wrong: plot: no end")
+    assert not right and words.startswith("wrong: none of its sentences: One day, Lily took it.; "
+                                          "colour: blue; at the wrong point: And Lily")
+    assert found.verdict("") == (False, "wrong: no end")
 
 
 @pytest.mark.parametrize("text, unknown", [
     ("There was a dragon", "dragon"), ("Once upon a time", ""), ("2 + 2 = 4, Tom?", "2, 4"),
-    ("LILY ran", "")])
+    ("LILY ran", ""), ("Once upon a ti", ""), ("Once upon a ti ", "ti"), ("Upon dra", "dra"),
+    ("\U0001f409", "\U0001f409")])
 def test_words_that_no_story_has_are_named(text, unknown):
     """Once each, on the way to a story of its own."""
     hint = asked(text, "stories").hint
@@ -111,6 +136,18 @@ def test_a_puzzle_of_ones_own_is_solved(capsys):
     assert lines[:2] == ["sudoku", "1..."] and lines[-1] == "right"
     lines, err = told(capsys, "--ckpt", "tiny", "--prompt", "hello", "--quiet")
     assert "tiny was trained on sudoku" in err
+
+
+def test_a_file_of_what_a_model_does_not_know(tmp_path, capsys):
+    """How many lines are none of its tasks, said once; those of its tasks are not mentioned, and a
+    model that goes on with anything says nothing."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once upon a time\n{\"prompt\": \"sums\\n" + OWN["sums"] + "\"}\nsums 1 2\n")
+    _, err = told(capsys, "--prompts", str(file))
+    assert "2 of 3 prompts are none of sudoku, chain, follow, sums, and the model knows" in err
+    file.write_text("sums\\n" + OWN["sums"] + "\n")
+    for more in ([], ["--ckpt", "stories", "--steps", "5"]):
+        assert "prompts are none" not in told(capsys, "--prompts", str(file), *more)[1]
 
 
 def test_several_answers_are_counted(capsys):
