@@ -99,10 +99,10 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
 
 def check_sampling(args: argparse.Namespace) -> None:
     """Choose a model where none is named; refuse options of sample.py that do not go together."""
-    args.ckpt = args.ckpt or usual_model(args.prompt, args.task, args.memory)
+    if args.ckpt is None:
+        args.ckpt = usual_model(args.prompt, args.task, args.memory)
     once = args.chat or args.prompts is not None or args.prompt is not None and not args.temperature
-    require(args.number == 1 or not once, "--number is for a task, or for a --prompt with a "
-            "--temperature, whose answers differ")
+    require(args.number == 1 or not once, "--number is for a task or a --prompt with --temperature")
     require(not args.compare or args.memory, "--compare needs a --memory to compare with")
     require(args.system is None or args.chat or args.prompt and not args.raw,
             "--system is for --chat, or for a --prompt in a chat format")
