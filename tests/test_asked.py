@@ -14,7 +14,7 @@ from lib.hub import CHECKPOINTS
 from tasks import TASKS, draw
 
 PUZZLES = ("sudoku", "chain", "follow", "sums")
-OWN = {"sudoku": "1... .2.. ..3. ...4", "chain": "b=a+1 a=3 c=b+3 d=c+1 f=e+2 e=d+1",
+OWN = {"sudoku": "1... .2.. ..3. .4..", "chain": "b=a+1 a=3 c=b+3 d=c+1 f=e+2 e=d+1",
        "follow": "c a>b b>a c>d d>c e>f f>e g>h h>g", "sums": "0 1 2 3 4 5 6 7 8 9 1 2"}
 
 

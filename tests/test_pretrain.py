@@ -99,8 +99,7 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name, changes, tasks, length", [
     ("tiny", {}, PUZZLES, 24), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS, 24),
-    pytest.param("stories", STORIES, ["stories"], 160, marks=pytest.mark.skipif(
-        not CHECKPOINTS["stories"].is_dir(), reason="not trained yet"))])
+    ("stories", STORIES, ["stories"], 160)])
 def test_the_shipped_folders_are_what_is_written(name, changes, tasks, length, tokenizer, words,
                                                  tmp_path):
     """Config, tokenizer and what is stated; the weights took longer than a test."""

@@ -230,9 +230,6 @@ def test_two_that_differ_are_never_the_same():
 
 
 # ------------------------------------------------------------------ the shipped model
-SHIPPED = pytest.mark.skipif(not CHECKPOINTS["stories"].is_dir(), reason="not trained yet")
-
-
 def told(prompts: list[str], steps: int) -> list[str]:
     """How checkpoints/stories goes on, in blocks of 32 tokens as sample.py does."""
     backbone, tokenizer = load("stories", "cpu")
@@ -241,7 +238,6 @@ def told(prompts: list[str], steps: int) -> list[str]:
     return [tokenizer.decode(row, skip_special=True) for row in sample.ids[:, ids.shape[1]:]]
 
 
-@SHIPPED
 def test_the_shipped_model_tells_stories():
     """At one token per step, from a beginning of the grammar and from one that it never saw; in an
     eighth of the steps not."""
@@ -250,7 +246,6 @@ def test_the_shipped_model_tells_stories():
     assert not all(map(STORY.check, prompts, told(prompts, 20)))
 
 
-@SHIPPED
 def test_the_shipped_model_is_small():
     """At most 1.5 million parameters in float32, and a tokenizer of its own."""
     folder = CHECKPOINTS["stories"]
