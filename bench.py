@@ -53,10 +53,10 @@ from train import token_losses, unrolled_loss
 def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[str], length: int,
           batch_size: int = 250, decode: Callable[..., Sample] = generate,
           **options) -> tuple[list[bool], list[int]]:
-    """Answer prompts in blocks of 32, or one where that divides `length` not, and judge them:
+    """Answer prompts in blocks of 32, or in one where 32 does not divide `length`, and judge them:
     whether each is right, and the forwards each took until its last token stood. decode:
     `generate`, whose options these are, or what does something around it."""
-    c, device, block = backbone.config, backbone.embedding.weight.device, length % 32 and length
+    c, device = backbone.config, backbone.embedding.weight.device
     verdicts, forwards, batches = [], [], math.ceil(len(prompts) / batch_size)
     for i in range(batches):  # of equal size, give or take one
         part = prompts[i * len(prompts) // batches:(i + 1) * len(prompts) // batches]
@@ -67,7 +67,7 @@ def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[st
             took[step.fresh.any(1)] = step.forwards
 
         sample = decode(backbone, ids, pad_mask=pad, gen_length=length, on_step=note,
-                        block_length=block or 32, **options)
+                        block_length=length if length % 32 else 32, **options)
         verdicts += [task.check(prompt, answer_text(row, tokenizer, c.mask_id, c.eos_id))
                      for prompt, row in zip(part, sample.ids[:, ids.shape[1]:])]
         forwards += took.tolist()

@@ -42,21 +42,6 @@ def usual_model(prompt: str | None, task: str | None, memory: str | None) -> str
     return "tiny" if prompt is None else "stories"
 
 
-def unknown_to(prompts: Sequence, tasks: dict, names: Sequence[str]) -> str:
-    """What the user should know where some of a file's prompts are none of a model's tasks."""
-    reads = [tasks[name].read for name in names if hasattr(tasks.get(name), "read")]
-
-    def is_known(prompt) -> bool:
-        try:
-            return any(read(prompt) is not None for read in reads)
-        except ValueError:
-            return False
-
-    unknown = sum(not is_known(p.prompt) for p in prompts if isinstance(p.prompt, str))
-    return f"{unknown} of {len(prompts)} prompts are none of {', '.join(names)}, and the model " \
-        "knows nothing else" if reads and unknown else ""
-
-
 def understood(text: str, ckpt: str, tasks: dict, names: Iterable[str]) -> Asked:
     """A text as a checkpoint trained on the tasks of these names understands it. Raises
     `InputError` for one that begins like a task's prompt and is none."""
@@ -71,6 +56,21 @@ def understood(text: str, ckpt: str, tasks: dict, names: Iterable[str]) -> Asked
     known = ", ".join(name for name in names if name in tasks)
     return Asked(text, hint=known and f"{ckpt} was trained on {known} and knows nothing else; "
                  "docs/data.md shows what its prompts look like")
+
+
+def unknown_to(prompts: Sequence, tasks: dict, names: Sequence[str]) -> str:
+    """What the user should know where some of a file's prompts are none of a model's tasks, ""
+    where none of the tasks can tell."""
+    def is_known(prompt: str) -> bool:
+        try:
+            return understood(prompt, "", tasks, names).task is not None
+        except InputError:
+            return False
+
+    unknown = sum(not is_known(p.prompt) for p in prompts if isinstance(p.prompt, str))
+    return f"{unknown} of {len(prompts)} prompts are none of {', '.join(names)}, and the model " \
+        "knows nothing else" if unknown and any(
+            hasattr(tasks.get(name), "read") for name in names) else ""
 
 
 def share(right: int, number: int) -> str:

@@ -102,16 +102,16 @@ def texts_of(folder: Path) -> list[Path]:
     return found
 
 
+def is_dream(ckpt: str) -> bool:
+    """Whether a checkpoint's config.json says that it is one of Dream's. Raises `InputError`."""
+    return str(read_json(find(ckpt) / "config.json").get("model_type")).lower() == "dream"
+
+
 class Stated(NamedTuple):
     """What a checkpoint's generation_config.json states, for the defaults of the commands."""
 
     length: int           # of an answer, in tokens (max_new_tokens; 128 where it is silent)
     tasks: list[str]      # that the model was trained on (ours; published checkpoints have none)
-
-
-def is_dream(ckpt: str) -> bool:
-    """Whether a checkpoint's config.json says that it is one of Dream's. Raises `InputError`."""
-    return str(read_json(find(ckpt) / "config.json").get("model_type")).lower() == "dream"
 
 
 def stated(ckpt: str | Path) -> Stated:

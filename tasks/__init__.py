@@ -16,7 +16,9 @@ from tasks.stories import Stories
 
 
 class Task(Protocol):
-    """What a task has to offer."""
+    """What a task has to offer. `split_key` and `read` may be missing, and so may `hint(prompt)`,
+    a line for the user before the answer, `faults(prompt, text)`, what is wrong in words, and
+    `continues`, True where an answer goes on in the prompt's own text."""
 
     def make(self, rng: random.Random) -> tuple[str, str]:
         """One example, a prompt and its answer."""
