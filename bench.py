@@ -83,6 +83,17 @@ def memories(backbone: Backbone, ckpt: str, files: list[str] | None, prefix: str
     return [MetaState.load(path, backbone) for path in files]
 
 
+def alone(by: Callable, prompts: list[str]) -> float:
+    """Seconds that `solve` takes for a prompt, one at a time, after one that does not count; nan
+    for none."""
+    if not prompts:
+        return math.nan
+    by(prompts[:1])
+    started = time.perf_counter()
+    by(prompts, batch_size=1)
+    return (time.perf_counter() - started) / len(prompts)
+
+
 def accuracy(args: argparse.Namespace) -> None:
     """The table task x setting, for the frozen backbone and each variant of the memory."""
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
@@ -115,9 +126,10 @@ def accuracy(args: argparse.Namespace) -> None:
     table = AccuracyTable({v: len(found) for v, found in variants.items()}, names, list(settings),
                           args.prompts)
     for i, v, j, k in progress(table.work(), "settings"):
-        table.add(i, v, j, k, *solve(
-            backbone, tokenizer, TASKS[names[i]], prompts[names[i]], length, memory=variants[v][k],
-            **list(settings.values())[j]))
+        by = partial(solve, backbone, tokenizer, TASKS[names[i]], length=length,
+                     memory=variants[v][k], **list(settings.values())[j])
+        found = by(prompts[names[i]])
+        table.add(i, v, j, k, *found, alone(by, prompts[names[i]][:args.alone]))
     found = table.finish(
         f"{args.prompts} held-out prompts a task, seed {args.seed}; % right (95% interval over "
         "training seeds and prompts; for thresholds the mean forwards); memories: "

@@ -61,14 +61,15 @@ class Accuracies:
 
 class AccuracyTable:
     """The table task x variant x setting, each row printed once all of it is measured: `right` and
-    `forwards` of a variant are (training seeds, tasks, settings, prompts). .rows has the cells as
-    they go into JSON."""
+    `forwards` of a variant are (training seeds, tasks, settings, prompts), `seconds` (tasks,
+    settings). .rows has the cells as they go into JSON."""
 
     def __init__(self, seeds: dict[str, int], tasks: list[str], settings: list[str], prompts: int):
         self.tasks, self.settings, self.rows = tasks, settings, []
         shape = (len(tasks), len(settings), prompts)
         self.right, self.forwards = ({v: np.zeros((n, *shape)) for v, n in seeds.items()}
                                      for _ in range(2))
+        self.seconds = {v: np.full(shape[:2], np.nan) for v in seeds}
         print("| task | variant | " + " | ".join(settings) + " |")
         print("|---" * (len(settings) + 2) + "|", flush=True)
 
@@ -77,35 +78,60 @@ class AccuracyTable:
         return [(i, v, j, k) for i, v, j in product(range(len(self.tasks)), self.right, range(
             len(self.settings))) for k in range(len(self.right[v]))]
 
-    def add(self, i: int, v: str, j: int, k: int, right: list[bool], forwards: list[int]) -> None:
-        """What was measured for an item of `work`, in its order."""
+    def add(self, i: int, v: str, j: int, k: int, right: list[bool], forwards: list[int],
+            seconds: float = math.nan) -> None:
+        """What was measured for an item of `work`, in its order; seconds for one answer alone."""
         self.right[v][k, i, j], self.forwards[v][k, i, j] = right, forwards
+        self.seconds[v][i, j] = seconds
         if (j + 1, k + 1) == (len(self.settings), len(self.right[v])):
             alone = Accuracies({v: self.right[v][:, i:i + 1]})
-            self._row(alone, [0], self.tasks[i], v, self.forwards[v][:, i:i + 1])
+            self._row(alone, [0], self.tasks[i], v, [i])
 
     def finish(self, caption: str, reduced: list[int], one: int | None) -> dict:
-        """Print the means of the tasks, a caption, and what follows; returns {"leads",
-        "forwards_share"}. reduced: the settings with less than one step per token; one: that with
-        one."""
+        """Print the means of the tasks, MetaState's leads, a caption, and what follows; returns
+        {"leads", "differences", "forwards_share", "fronts"}. reduced: the settings with less than
+        one step per token; one: that with one."""
         measured, every = Accuracies(self.right), list(range(len(self.tasks)))
         for v in self.right:
-            self._row(measured, every, "mean", v, self.forwards[v])
+            self._row(measured, every, "mean", v, every)
+        found = {"leads": [], "differences": self._differences(measured), "forwards_share": None}
         print(f"\n{caption}")
-        if "MetaState" not in self.right:
-            return {"leads": [], "forwards_share": None}
-        return {"leads": leads_of(measured, reduced), "forwards_share": None if one is None else
-                forwards_share(measured, self.forwards, one)}
+        if "MetaState" in self.right:
+            found["leads"] = leads_of(measured, reduced)
+            if one is not None:
+                found["forwards_share"] = forwards_share(measured, self.forwards, one)
+        timed = not any(np.isnan(s).any() for s in self.seconds.values())
+        return {**found, "fronts": fronts_of(self.rows, "forwards")
+                + (fronts_of(self.rows, "seconds") if timed else [])}
+
+    def _differences(self, measured: Accuracies) -> list[dict]:
+        """Print and return MetaState's lead over every other variant in each setting, mean of the
+        tasks, with its paired interval."""
+        found, every = [], list(range(len(self.tasks)))
+        for minus in self.right if "MetaState" in self.right else ():
+            if minus != "MetaState":
+                leads = [measured(every, [j], "MetaState", minus)
+                         for j in range(len(self.settings))]
+                found += [{"minus": minus, "setting": setting, "points": points, "low": low,
+                           "high": high} for setting, (points, low, high) in
+                          zip(self.settings, leads)]
+                print(f"| mean | MetaState - {minus} | " + " | ".join(
+                    f"{points:+.1f} ({low:+.1f} to {high:+.1f})" for points, low, high in leads)
+                    + " |")
+        return found
 
     def _row(self, measured: Accuracies, chosen: list[int], task: str, v: str,
-             forwards: np.ndarray) -> None:
+             tasks: list[int]) -> None:
+        forwards, seconds = self.forwards[v][:, tasks], self.seconds[v][tasks].mean(0)
         row = [{**measured.cell(chosen, j, v), "task": task, "variant": v, "setting": setting,
-                "forwards": float(forwards[:, :, j].mean())}
+                "forwards": float(forwards[:, :, j].mean()),
+                "seconds": None if np.isnan(seconds[j]) else float(seconds[j])}
                for j, setting in enumerate(self.settings)]
         self.rows += row
         print(f"| {task} | {v} | " + " | ".join(
             f"{c['accuracy']:.1f} ({c['low']:.0f}-{c['high']:.0f})"
             + (f" in {c['forwards']:.1f}" if c["setting"].startswith("thr") else "")
+            + ("" if c["seconds"] is None else f", {1e3 * c['seconds']:.0f} ms")
             for c in row) + " |", flush=True)
 
 
@@ -132,3 +158,23 @@ def forwards_share(measured: Accuracies, forwards: dict[str, np.ndarray], one: i
     print("forwards for the frozen accuracy at one token per step: "
           + ("not reached" if share is None else f"{share:.2f} x as many"))
     return share
+
+
+def fronts_of(rows: list[dict], cost: str) -> list[dict]:
+    """Print and return what each variant reaches with its own best decoding: of the means in a
+    table's `rows` those settings that no other of the variant matches at the same or less of
+    `cost`, "forwards" or "seconds", from cheap to dear."""
+    fronts, means = [], [r for r in rows if r["task"] == "mean"]
+    unit, scale = ("ms", 1e3) if cost == "seconds" else (cost, 1)
+    for variant in dict.fromkeys(r["variant"] for r in means):
+        best, points = -1.0, []
+        for r in sorted((r for r in means if r["variant"] == variant),
+                        key=lambda r: (r[cost], -r["accuracy"])):
+            if r["accuracy"] > best:
+                best = r["accuracy"]
+                points.append({key: r[key] for key in ("setting", cost, "accuracy", "low", "high")})
+        fronts.append({"variant": variant, "by": cost, "points": points})
+        print(f"front of {variant}, % in {unit}: " + ", ".join(
+            f"{p['accuracy']:.1f} ({p['low']:.0f}-{p['high']:.0f}) in {scale * p[cost]:.3g} "
+            f"({p['setting']})" for p in points))
+    return fronts

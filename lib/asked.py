@@ -35,7 +35,7 @@ def usual_model(prompt: str | None, task: str | None, memory: str | None) -> str
     knows the task or the puzzle that a prompt begins with; else the one that goes on with any
     prompt, or without one tiny."""
     first = "" if prompt is None else (prompt.split() or [""])[0].lower().rstrip(":")
-    for name in ("tiny", "haystack", "stories"):
+    for name in ("tiny", "haystack", "halves", "stories"):
         if memory is not None and Path(memory).resolve().parent == CHECKPOINTS[name] or \
                 {task, first} & {*stated(name).tasks}:
             return name

@@ -52,8 +52,10 @@ def bench_parser(doc: str, tasks: Iterable[str]) -> Parser:
     a.add_argument("--also", type=variant, action="append", default=[], metavar="NAME=FILES",
                    help="a variant more: its name and, comma-separated, memories; may be repeated")
     a.add_argument("--prompts", type=whole(1, 10 ** 5), default=500, help="held-out prompts a task")
-    a.add_argument("--plot", type=plot_file, metavar="FILE", help="accuracy against forwards "
-                   "(matplotlib)")
+    a.add_argument("--alone", type=whole(0, 10 ** 5), default=0, metavar="N", help="also time N of "
+                   "a task's prompts in each setting, one at a time")
+    a.add_argument("--plot", type=plot_file, metavar="FILE", help="accuracy against forwards, and "
+                   "seconds with --alone (matplotlib)")
     s = tables.add_parser("speed", help="steps, generations and training against the limits")
     s.checks.append(check_speed)
     s.add_argument("--quick", action="store_true", help="on a GPU two minutes at most: other "

@@ -16,6 +16,7 @@ OURS = Path(__file__).resolve().parents[1] / "checkpoints"
 CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "tiny": OURS / "tiny",
     "haystack": OURS / "haystack",
+    "halves": OURS / "halves",
     "stories": OURS / "stories",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",

@@ -16,6 +16,7 @@ from lib.asked import Asked, share, understood, unknown_to
 from lib.batch import answer_file
 from lib.chat import chat
 from lib.cli import require
+from lib.hub import stated
 from lib.progress import slow
 from lib.prompts import fillable_ids, masks_in, read_prompts
 from lib.run import processes, read_once
@@ -164,6 +165,9 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
             0.0, args.stop, watched), tokenizer, special.mask_id, special.max_len - gen_length)
     require(args.system is None or tokenizer.is_chat, f"{args.ckpt} has no chat format: leave "
             "--system out")
+    known = stated(args.ckpt).tasks
+    if known and args.task not in (None, *known):
+        note(f"{args.ckpt} was not trained on {args.task}, but on {', '.join(known)}")
     rng, right = random.Random(args.seed), dict.fromkeys(variants, 0)
     quiet, raw = args.quiet or args.number > 1, args.raw or gen_length == 0  # a text, no question
     for _ in range(args.number):

@@ -49,23 +49,30 @@ def save_figure(figure, path: str | Path) -> None:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Write accuracy against forwards, mean over tasks, one line per variant. rows: what
-    `bench.py accuracy --json` calls so. Raises `InputError`."""
-    figure = new_figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="forwards", ylabel="accuracy, %")
-    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
-        for kind, style in (("steps", "o-"), ("threshold", "x--")):
-            line = sorted((r for r in rows if r["variant"] == variant and r["task"] == "mean"
-                           and kind in r["setting"]), key=lambda r: r["forwards"])
-            y = [r["accuracy"] for r in line]
-            errors = [[abs(r[end] - r["accuracy"]) for r in line] for end in ("low", "high")]
-            if line:
-                axes.errorbar([r["forwards"] for r in line], y, yerr=errors, fmt=style,
-                              color=f"C{i}", label=f"{variant}, by {kind}", capsize=2, alpha=0.8)
-    ticks = sorted({int(r["forwards"]) for r in rows if "steps" in r["setting"]})
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
+    """Write accuracy against forwards, and beside it against seconds where they were measured, mean
+    over tasks, one line per variant. rows: what `bench.py accuracy --json` calls so. Raises
+    `InputError`."""
+    rows = [r for r in rows if r["task"] == "mean"]
+    costs = ["forwards"] + ["seconds"] * all(r["seconds"] is not None for r in rows)
+    figure = new_figure(figsize=(1 + 5 * len(costs), 4), layout="constrained")
+    for n, cost in enumerate(costs):
+        axes = figure.add_subplot(1, len(costs), n + 1, xscale="log", ylabel="accuracy, %",
+                                  xlabel="seconds for one answer alone" if n else cost)
+        for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+            for kind, style in (("steps", "o-"), ("threshold", "x--")):
+                line = sorted((r for r in rows if r["variant"] == variant
+                               and kind in r["setting"]), key=lambda r: r[cost])
+                y = [r["accuracy"] for r in line]
+                errors = [[abs(r[end] - r["accuracy"]) for r in line] for end in ("low", "high")]
+                if line:
+                    axes.errorbar([r[cost] for r in line], y, yerr=errors, fmt=style,
+                                  color=f"C{i}", label=f"{variant}, by {kind}", capsize=2,
+                                  alpha=0.8)
+        if cost == "forwards":
+            ticks = sorted({int(r[cost]) for r in rows if "steps" in r["setting"]})
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.minorticks_off()
+            axes.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -1,8 +1,9 @@
-"""How checkpoints/tiny, haystack and stories were made: a tokenizer, a LLaDA of 0.4 M parameters,
-for stories of 1.5 M, and its pretraining on tasks.
+"""How checkpoints/tiny, haystack, halves and stories were made: a tokenizer, a LLaDA of 0.4 M
+parameters, for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
+    python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 8 min on one
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on an H100
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
@@ -35,6 +36,7 @@ from lib.published import config_fields
 from lib.run import local_device, processes
 from model import Backbone, Config, Tokenizer, load, rotate, save
 from tasks import TASKS, Task, draw
+from tasks.depth import Halves
 from tasks.haystack import KINDS, Haystack
 from tasks.puzzles import Chain, Follow, Sums
 from tasks.stories import Stories
@@ -53,6 +55,7 @@ EASIER = {"chain": [Chain(size) for size in range(2, 6)],
 # from the start (the share falling as above) chain was not learned in 12,000 updates.
 STAGE = 8000
 FIRST = {"sums": Sums(most=3)}
+HALVES_LENGTH = 16  # an answer's 15 tokens and EOS
 SHORT = (32, 40, 48)  # tokens of the haystacks that checkpoints/haystack is pretrained on
 
 
@@ -68,6 +71,12 @@ def short_haystack(name: str, step: int, rng: random.Random) -> Task:
     """What a micro-batch draws for a kind of haystack; "text" is any of them."""
     kind = rng.choice(list(KINDS)) if name == "text" else name
     return Haystack(rng.choice(SHORT), *KINDS[kind])
+
+
+def named_halves(name: str, step: int, rng: random.Random) -> Task:
+    """Halves in which nine stations in ten are named at first, as in `follow`, which the tiny model
+    knows; from update 800 on as many as in the task."""
+    return Halves(named=max(TASKS[name].named, 0.9 - step / 1230))
 
 
 # ------------------------------------------------------------------ the tiny model
@@ -237,30 +246,36 @@ def examples(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, he
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train the tiny model from nothing, or the one for haystacks from the tiny one, which can look
-    things up (from nothing that was not learned in 3,000 updates), and write it to `args.out`."""
-    hay, device = args.command == "haystack", device_of(local_device(args.device))
+    """Train the tiny model from nothing, or those for haystacks and halves from the tiny one, which
+    can look things up (from nothing that was not learned in 3,000 updates of haystacks), and write
+    it to `args.out`."""
+    tiny, hay = args.command == "tiny", args.command == "haystack"
+    device, usual = device_of(local_device(args.device)), GEN_LENGTH
     tokenizer, changes = build_tokenizer(), LONGER if hay else {}
+    if args.command == "halves":
+        usual, asked, drawn = HALVES_LENGTH, {"halves": TASKS["halves"]}, named_halves
+    elif hay:
+        asked, drawn = {k: Haystack(SHORT[-1], *KINDS[k]) for k in KINDS}, short_haystack
+    else:
+        asked, drawn = {name: TASKS[name] for name in PUZZLES}, puzzle
     config = Config(**config_fields(build_config(tokenizer, **changes)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
-    if hay:
-        backbone.load_state_dict(load("tiny", "cpu", torch.float32)[0].state_dict())
-    else:
+    if tiny:
         look_nearby(backbone, OFFSETS)
+    else:
+        backbone.load_state_dict(load("tiny", "cpu", torch.float32)[0].state_dict())
     backbone.to(device)
-    asked = {k: Haystack(SHORT[-1], *KINDS[k]) for k in KINDS} if hay else {
-        name: TASKS[name] for name in PUZZLES}
     names = [*asked, "text"] if hay else [*asked]
     args.micros = len(names)
 
     def batch(step: int, micro: int) -> Batch:  # one task per micro-batch: no padding
         name, rng = names[micro], random.Random(f"{args.seed} {step} {micro}")
         rng.getrandbits(60)  # the masks'
-        task = (short_haystack if hay else puzzle)(name, step, rng)
+        task = drawn(name, step, rng)
         # a quarter of the steps has a longer tail of EOS, so that other lengths work too
-        length = GEN_LENGTH if step % 4 else rng.randint(GEN_LENGTH, 2 * GEN_LENGTH)
+        length = usual if step % 4 else rng.randint(usual, 2 * usual)
         # the others learn sooner
-        size = args.batch_size if name in EASIER else max(1, args.batch_size // 2)
+        size = args.batch_size if name in (*EASIER, "halves") else max(1, args.batch_size // 2)
         data = examples(task, tokenizer, rng, size, False, config.eos_id, length)
         if name == "text":  # masks anywhere, as in LLaDA's own pretraining: nothing but answer
             text = torch.cat(data[:2], 1)
@@ -278,7 +293,7 @@ def pretrain(args: argparse.Namespace) -> None:
     def evaluate(step: int) -> dict[str, float]:
         figures = {}
         for name, task in asked.items():
-            data = examples(task, tokenizer, random.Random(0), 256, True, config.eos_id)
+            data = examples(task, tokenizer, random.Random(0), 256, True, config.eos_id, usual)
             generator = torch.Generator().manual_seed(0)
             loss = llada_loss(backbone, *data, generator)
             figures[f"held_out_{name}"] = loss.item()
@@ -286,11 +301,11 @@ def pretrain(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
-        lr=args.lr, schedule=partial(trapezoids, stage=0 if hay else STAGE), warmup=200, clip=0.25,
+        lr=args.lr, schedule=partial(trapezoids, stage=STAGE if tiny else 0), warmup=200, clip=0.25,
         micros=args.micros, evaluate=evaluate,
         settings=run_settings(args, backbone, tokenizer, batch, Backbone, llada_loss))
     if processes()[0] == 0:
-        write_folder(backbone, tokenizer, out, HAYSTACK_TASKS if hay else PUZZLES, **changes)
+        write_folder(backbone, tokenizer, out, HAYSTACK_TASKS if hay else names, usual, **changes)
         print(f"wrote {out}, {config.parameters:,} parameters")
 
 
@@ -374,11 +389,12 @@ def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True,
-                               metavar="tiny | haystack | stories | show")
+                               metavar="tiny | haystack | halves | stories | show")
     for name, run, steps, batch, lr, what in (
             ("tiny", pretrain, 10_500, 32, 6e-4,
              f"four puzzles; easier sums in the first {STAGE} updates"),
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
+            ("halves", pretrain, 2000, 48, 1e-3, "half-said paths, from checkpoints/tiny on"),
             ("stories", pretrain_stories, 12_163, 192, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=run)
@@ -386,7 +402,8 @@ def parser() -> Parser:
                        "it writes; resumes if killed")
         q.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
         q.add_argument("--batch-size", type=size, default=batch, help="examples per micro-batch" + (
-            "" if name == "stories" else ", of chain and follow; of the others half as many") +
+            "" if name in ("halves", "stories") else
+            ", of chain and follow; of the others half as many") +
             f" (default: {batch})")
         q.add_argument("--lr", type=rate, default=lr, help=f"peak of AdamW (default: {lr:g})")
         q.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")

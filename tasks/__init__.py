@@ -10,6 +10,7 @@ import hashlib
 import random
 from typing import Protocol
 
+from tasks.depth import DEPTH
 from tasks.haystack import HAYSTACKS
 from tasks.puzzles import Chain, Follow, Sudoku, Sums
 from tasks.stories import Stories
@@ -36,7 +37,7 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Task] = {"sudoku": Sudoku(), "chain": Chain(), "follow": Follow(), "sums": Sums(),
-                          **HAYSTACKS, "stories": Stories()}
+                          **DEPTH, **HAYSTACKS, "stories": Stories()}
 
 
 def find_task(name: str) -> Task:

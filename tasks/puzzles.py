@@ -145,9 +145,10 @@ class Follow:
         start = rng.choice(names)
         pairs = [f"{a}>{b}" for a, b in target.items()]
         rng.shuffle(pairs)
-        return f"follow {start}\n" + " ".join(pairs) + "\n", self._path(target, start)
+        return f"follow {start}\n" + " ".join(pairs) + "\n", self.path(target, start)
 
-    def _path(self, target: dict[str, str], start: str) -> str:
+    def path(self, target: dict[str, str], start: str) -> str:
+        """The stations from `start` on, each the target of the one before, as an answer."""
         path = [start]
         while len(path) < len(target):
             path.append(target[path[-1]])
@@ -164,7 +165,7 @@ class Follow:
 
     def check(self, prompt, text):
         _, start, *pairs = prompt.split()
-        return "".join(text.split()) == self._path(dict(p.split(">") for p in pairs), start)
+        return "".join(text.split()) == self.path(dict(p.split(">") for p in pairs), start)
 
     def split_key(self, prompt, answer):
         return prompt

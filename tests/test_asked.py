@@ -76,6 +76,7 @@ def test_the_model_that_is_meant():
     for model, *said in (("tiny", None, None, None), ("tiny", None, "sums", None),
                          ("stories", None, "stories", None), ("haystack", None, "needle2-64", None),
                          ("stories", "Once", None, None), ("stories", "Sumsy", None, None),
+                         ("halves", None, "halves", None),
                          ("tiny", "Sums: 1", None, None), ("tiny", "Once", None, tiny),
                          ("stories", "Once", None, "elsewhere.safetensors")):
         assert usual_model(*said) == model
@@ -148,6 +149,15 @@ def test_a_file_of_what_a_model_does_not_know(tmp_path, capsys):
     file.write_text("sums\\n" + OWN["sums"] + "\n")
     for more in ([], ["--ckpt", "stories", "--steps", "5"]):
         assert "prompts are none" not in told(capsys, "--prompts", str(file), *more)[1]
+
+
+def test_a_task_that_the_model_never_saw(capsys):
+    """It is tried, and a line says what the model was trained on."""
+    lines, err = told(capsys, "--task", "countdown", "--steps", "3")
+    assert lines[-1] == "wrong"
+    assert "tiny was not trained on countdown, but on sudoku, chain, follow, sums" in err
+    _, err = told(capsys, "--task", "halves", "--steps", "3")
+    assert "was not trained" not in err
 
 
 def test_several_answers_are_counted(capsys):

@@ -124,6 +124,28 @@ def test_the_table_and_its_json(files, capsys):
     assert "reset" in leads and result["forwards_share"] is None  # no column at full length
 
 
+def test_the_map_in_seconds(files, capsys):
+    """--alone N: what one answer takes by itself, in each cell and on a front of its own; without
+    it neither."""
+    argv = ["accuracy", "--tasks", "sums", "--prompts", "3", "--budgets", "4,24", "--thresholds",
+            "0.9", "--memory", files[1], "--reset"]
+    table, result = result_of(capsys, *argv, "--alone", "2")
+    assert all(r["seconds"] > 0 for r in result["rows"])
+    assert [line.count(" ms") for line in table if "| frozen |" in line] == [3, 3]
+    slow, fast = (r["seconds"] for r in result["rows"][:2])
+    assert slow > fast  # six steps against one
+    assert [(f["variant"], f["by"]) for f in result["fronts"]] == [
+        (v, by) for by in ("forwards", "seconds") for v in ("frozen", "MetaState", "shuffled")]
+    assert sum(line.startswith("front of ") for line in table) == 6
+    differences = {(d["minus"], d["setting"]): d["points"] for d in result["differences"]}
+    assert set(differences) == {(minus, setting) for minus in ("frozen", "shuffled")
+                                for setting in ("6 steps", "1 steps", "threshold 0.9")}
+    assert differences["frozen", "6 steps"] == 0  # an untrained memory
+    table, result = result_of(capsys, *argv)
+    assert all(r["seconds"] is None for r in result["rows"]) and " ms" not in "".join(table)
+    assert {f["by"] for f in result["fronts"]} == {"forwards"}
+
+
 def test_a_variant_of_ones_own_is_paired_with_the_others(files, capsys):
     """--also NAME=FILES: a column of rows and a lead over it; names that are taken are refused."""
     argv = ["accuracy", "--tasks", "sums", "--prompts", "3", "--budgets", "8", "--thresholds", "",

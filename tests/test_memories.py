@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import MEMORY, ROOT, awake, prompts_of
+from conftest import MEMORY, ROOT, awake, noise, one_prompt, prompts_of, seeded
 
 import train
 from lib.cli import InputError
@@ -16,6 +16,8 @@ from lib.watch import Watched
 from metastate import MetaState
 from model import load
 from sample import generate
+from studies.sure import main as sure_main
+from studies.sure import sure
 from train import unrolled_loss
 
 GATELESS = '''
@@ -214,3 +216,62 @@ def test_an_own_memory_is_trained_by_the_command(module, tmp_path, small_ckpt, c
     one, two = (read_tensors(tmp_path / run / MEMORY)[0] for run in ("one", "two"))
     assert read_tensors(tmp_path / "two" / MEMORY)[1]["class"] == "my_memory:Mine"
     assert one.keys() == two.keys() and any(not torch.equal(one[k], two[k]) for k in one)
+
+
+# ------------------------------------------------------------------ studies of other memories
+def answers(backbone, memory) -> torch.Tensor:
+    """Three answers in three steps: ids."""
+    return generate(backbone, one_prompt(3), memory=memory, gen_length=24, block_length=24,
+                    steps=3).ids
+
+
+def written_to(memory):
+    """The memory, as if trained: what it keeps reaches the embeddings."""
+    with torch.no_grad():
+        memory.write.weight.normal_(0, 1, generator=seeded())
+    return memory
+
+
+def test_carry_changes_nothing_before_it_is_trained(backbones, tmp_path):
+    """It is made by its name, begins as the frozen model, and survives its file."""
+    backbone = backbones["llada"]
+    memory = new_memory("studies.carry:Carry", backbone, 0)
+    assert answers(backbone, memory).equal(answers(backbone, None))
+    moved = answers(backbone, written_to(memory))
+    assert not moved.equal(answers(backbone, None))
+    save_memory(tmp_path / "carry.safetensors", memory, backbone.fingerprint())
+    loaded = MetaState.load(tmp_path / "carry.safetensors", backbone)
+    assert answers(backbone, loaded).equal(moved)
+
+
+def test_carry_keeps_every_position_to_itself(backbones):
+    """A position's hidden state changes that position's state and embedding, and no other's."""
+    memory = written_to(new_memory("studies.carry:Carry", backbones["llada"], 0))
+    d = backbones["llada"].config.dim
+    h, t, e = noise(2, 9, d), torch.ones(2), torch.zeros(2, 9, d)
+    other = h.clone()
+    other[1, 4] += noise(d, seed=1)
+    states = [memory.update(memory.initial(2), x, t, (3, 6)) for x in (h, other)]
+    written = [memory.inject(e, s, t, (3, 6)) for s in states]
+    for first, second in (states, written):
+        assert ((first - second).abs().sum(-1) > 0).nonzero().tolist() == [[1, 4]]
+    assert not states[0][:, 9:].any()
+
+
+def test_what_is_sure_is_revealed():
+    """The surest of a row in any case, and whatever is surer than 0.999; nothing below 0.9, and
+    between them some; nothing that is not masked."""
+    p = torch.tensor([0.9999, 0.97, 0.89, 0.5, 0.0]).expand(400, 5)  # 0: its loss is infinite
+    now = sure(-p.log(), torch.full((400,), 3), seeded())
+    assert now[:, 0].all() and not now[:, 2:].any() and 0.2 < now[:, 1].float().mean() < 0.8
+    unsure = sure(-p[:, 2:].log(), torch.zeros(400, dtype=torch.long), seeded())
+    assert unsure[:, 0].all() and not unsure[:, 1:].any()
+
+
+def test_a_memory_is_trained_along_what_is_sure(tmp_path, monkeypatch):
+    """train.py's own command line, with one more choice."""
+    for name in ("REVEALS", "parser"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # put back after
+    assert sure_main(["--reveal", "sure", "--steps", "1", "--batch-size", "1", "--K", "2",
+                      "--device", "cpu", "--out", str(tmp_path / "run")]) in (None, 0)
+    assert (tmp_path / "run" / "metastate.safetensors").is_file()

@@ -22,8 +22,8 @@ from model import Backbone, Config, load, rotate
 from studies import pretrain
 from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT, SPECIAL,
                               STAGE, STORIES, STORY_LENGTH, Graphed, build_config, llada_loss,
-                              look_nearby, puzzle, short_haystack, story_batches, story_tokenizer,
-                              trapezoids, write_folder)
+                              look_nearby, named_halves, puzzle, short_haystack, story_batches,
+                              story_tokenizer, trapezoids, write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from train import fit
@@ -99,7 +99,7 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name, changes, tasks, length", [
     ("tiny", {}, PUZZLES, 24), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS, 24),
-    ("stories", STORIES, ["stories"], 160)])
+    ("halves", {}, ["halves"], 16), ("stories", STORIES, ["stories"], 160)])
 def test_the_shipped_folders_are_what_is_written(name, changes, tasks, length, tokenizer, words,
                                                  tmp_path):
     """Config, tokenizer and what is stated; the weights took longer than a test."""
@@ -153,6 +153,14 @@ def test_easier_puzzles_give_way_to_the_full_size():
     assert puzzle("sums", STAGE - 1, rng) is FIRST["sums"] is not TASKS["sums"]
     assert puzzle("sums", STAGE, rng) is TASKS["sums"] and puzzle("sudoku", 0, rng) is \
         TASKS["sudoku"]
+
+
+def test_most_stations_are_named_at_first():
+    """Nine in ten, and from update 800 on one in four, as in the task."""
+    rng = random.Random(0)
+    named = [named_halves("halves", step, rng).named for step in (0, 400, 800, 1999)]
+    assert named[0] == 0.9 and 0.25 < named[1] < 0.9 and named[2:] == [0.25, 0.25]
+    assert TASKS["halves"].named == 0.25
 
 
 def test_haystacks_are_short_at_first():
@@ -328,6 +336,16 @@ def test_pretraining_on_haystacks(few, tmp_path):
     assert {*KINDS, "text"} <= first.keys()
     assert {f"held_out_{kind}" for kind in KINDS} <= last.keys()
     assert stated(tmp_path).tasks == [f"{kind}-64" for kind in KINDS]
+
+
+def test_pretraining_on_halves(few, tmp_path):
+    """Two updates of checkpoints/tiny, with answers of a length of their own."""
+    assert pretrain.main(["halves", "--out", str(tmp_path), "--steps", "2", "--batch-size", "4",
+                          "--device", "cpu"]) == 0
+    start, moved = load("tiny", "cpu")[0], load(tmp_path, "cpu")[0]
+    assert not torch.equal(start.head.weight, moved.head.weight)
+    assert stated(tmp_path) == (16, ["halves"])
+    assert "held_out_halves" in metrics_of(tmp_path / "pretraining")[-1]
 
 
 # ------------------------------------------------------------------ stories

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.cli import InputError
-from lib.accuracies import Accuracies, wilson
+from lib.accuracies import Accuracies, fronts_of, wilson
 from lib.stats import Clock, Pace, Timings, limits, plot
 
 
@@ -71,10 +71,24 @@ def test_a_cell_has_the_seeds_beside_the_interval():
     assert np.mean(cell["seeds"]) == pytest.approx(cell["accuracy"])
 
 
+def test_a_front_has_what_nothing_cheaper_matches(capsys):
+    """From cheap to dear, each more accurate than all before; equals by the cheaper, and of equal
+    cost the better; other tasks' rows do not count."""
+    cells = [("a", 4, 50), ("b", 2, 60), ("c", 8, 90), ("d", 8, 70), ("e", 16, 90), ("f", 1, 10)]
+    rows = [{"variant": v, "task": task, "setting": s, "forwards": f, "accuracy": a * share,
+             "low": 0, "high": 99, "seconds": 0.1 / f} for v in ("frozen", "reset")
+            for task, share in (("mean", 1), ("sums", 2)) for s, f, a in cells]
+    frozen, reset = fronts_of(rows, "forwards")
+    assert [p["setting"] for p in frozen["points"]] == ["f", "b", "c"]
+    assert frozen["points"] == reset["points"] and reset["variant"] == "reset"
+    assert [p["setting"] for p in fronts_of(rows, "seconds")[0]["points"]] == ["e"]
+    assert "front of frozen, % in ms: 90.0 (0-99) in 6.25 (e)" in capsys.readouterr().out
+
+
 def test_the_plot_needs_matplotlib_alone(tmp_path, monkeypatch):
     """Without it: what to install. With it: a file, or what is wrong with its name."""
     rows = [{"variant": v, "task": "mean", "setting": s, "forwards": f, "accuracy": 50.0,
-             "low": 40.0, "high": 60.0} for v in ("frozen", "MetaState")
+             "low": 40.0, "high": 60.0, "seconds": f / 1e3} for v in ("frozen", "MetaState")
             for s, f in (("24 steps", 24.0), ("6 steps", 6.0), ("threshold 0.9", 4.5))]
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "matplotlib.figure", None)
