@@ -35,11 +35,12 @@ def usual_model(prompt: str | None, task: str | None, memory: str | None) -> str
     knows the task or the puzzle that a prompt begins with; else the one that goes on with any
     prompt, or without one tiny."""
     first = "" if prompt is None else (prompt.split() or [""])[0].lower().rstrip(":")
-    for name in ("tiny", "haystack", "halves", "stories"):
-        if memory is not None and Path(memory).resolve().parent == CHECKPOINTS[name] or \
-                {task, first} & {*stated(name).tasks}:
+    ours = [name for name, folder in CHECKPOINTS.items() if isinstance(folder, Path)]
+    for name in ours:
+        if memory is not None and Path(memory).resolve().parent == CHECKPOINTS[name]:
             return name
-    return "tiny" if prompt is None else "stories"
+    return next((name for name in ours if {task, first} & {*stated(name).tasks}),
+                "tiny" if prompt is None else "stories")
 
 
 def understood(text: str, ckpt: str, tasks: dict, names: Iterable[str]) -> Asked:

@@ -17,6 +17,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "tiny": OURS / "tiny",
     "haystack": OURS / "haystack",
     "halves": OURS / "halves",
+    "soft": OURS / "soft",
     "stories": OURS / "stories",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",
@@ -55,7 +56,8 @@ def find(ckpt: str | Path) -> Path:
     require(not str(ckpt).startswith("random:"), f"{ckpt} has neither files nor a tokenizer: pass "
             f"{str(ckpt).removeprefix('random:')!r} itself, or another checkpoint")
     require(str(ckpt) not in CHECKPOINTS or isinstance(target, str), f"{target} is not there: "
-            f"python -m studies.pretrain {ckpt} --out {target} makes it")
+            f"python -m studies.{'soft' if ckpt == 'soft' else f'pretrain {ckpt}'} --out {target} "
+            "makes it")
     require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", str(target))),
             f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, random:NAME, "
             "a folder with config.json and *.safetensors, or a hub id owner/name or "

@@ -68,9 +68,12 @@ def new_memory(name: str, backbone, seed: int, **options) -> nn.Module:
 def save_memory(path: str | Path, memory: nn.Module, fingerprint: str) -> None:
     """Write weights, sizes, the class by name and syntax, and the fingerprint of the backbone that
     it is for, as one safetensors file."""
-    kind = type(memory)
+    kind, module = type(memory), sys.modules[type(memory).__module__]
+    name = module.__name__
+    if name == "__main__":  # of a script, which others find by its own name
+        name = module.__spec__.name if module.__spec__ else Path(module.__file__).stem
     save_tensors(path, memory.state_dict(), {
-        "format": FORMAT, "class": f"{kind.__module__}:{kind.__qualname__}",
+        "format": FORMAT, "class": f"{name}:{kind.__qualname__}",
         "code": identity.of_modules(memory), "sizes": getattr(memory, "sizes", {}),
         "backbone": fingerprint})
 

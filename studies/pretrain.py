@@ -1,9 +1,10 @@
-"""How checkpoints/tiny, haystack, halves and stories were made: a tokenizer, a LLaDA of 0.4 M
-parameters, for stories of 1.5 M, and its pretraining on tasks.
+"""How checkpoints/tiny, haystack, halves, sudoku6 and stories were made: a tokenizer, a LLaDA of
+0.4 M parameters, for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
     python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 8 min on one
+    python -m studies.pretrain sudoku6 --out out/sudoku6      # from checkpoints/tiny, 40 min on one
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on an H100
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
@@ -19,7 +20,7 @@ import random
 import sys
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, NamedTuple, Sequence
 
 import tokenizers
 import torch
@@ -36,7 +37,7 @@ from lib.published import config_fields
 from lib.run import local_device, processes
 from model import Backbone, Config, Tokenizer, load, rotate, save
 from tasks import TASKS, Task, draw
-from tasks.depth import Halves
+from tasks.depth import DEPTH, Halves, Sudoku6
 from tasks.haystack import KINDS, Haystack
 from tasks.puzzles import Chain, Follow, Sums
 from tasks.stories import Stories
@@ -55,7 +56,6 @@ EASIER = {"chain": [Chain(size) for size in range(2, 6)],
 # from the start (the share falling as above) chain was not learned in 12,000 updates.
 STAGE = 8000
 FIRST = {"sums": Sums(most=3)}
-HALVES_LENGTH = 16  # an answer's 15 tokens and EOS
 SHORT = (32, 40, 48)  # tokens of the haystacks that checkpoints/haystack is pretrained on
 
 
@@ -79,6 +79,12 @@ def named_halves(name: str, step: int, rng: random.Random) -> Task:
     return Halves(named=max(TASKS[name].named, 0.9 - step / 1230))
 
 
+def given_sudoku(name: str, step: int, rng: random.Random) -> Task:
+    """Sudokus of which up to 30 of the 36 cells are given; the task's own are one in five at first
+    and all from update 3000 on."""
+    return TASKS[name] if rng.random() < max(0.2, step / 3000) else Sudoku6(least=(10, 30))
+
+
 # ------------------------------------------------------------------ the tiny model
 CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequences of some 70
     # tokens better than 10000: sudoku was learned in about half as many updates with 100
@@ -88,13 +94,28 @@ CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequ
     "rope_theta": 300.0, "rope_full_precision": True, "max_sequence_length": 256,
     "include_bias": False, "include_qkv_bias": True, "weight_tying": False,
     "torch_dtype": "float32"}
-LONGER = {"max_sequence_length": 2048}  # of checkpoints/haystack
 STORIES = {"d_model": 160, "n_heads": 5, "n_kv_heads": 5, "n_layers": 4, "mlp_hidden_size": 384,
            "rope_theta": 10000.0}
 STORY_LENGTH = 160  # the longest continuation has some 140 tokens
 POOL = 16  # batches of stories that are drawn together
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
+
+
+class Course(NamedTuple):
+    """What a model of puzzles learns: each task is a micro-batch."""
+    tasks: dict[str, Task]              # of the held-out loss
+    drawn: Callable[..., Task]          # (name, step, rng) -> what a micro-batch draws
+    length: int = GEN_LENGTH            # of an answer
+    changes: dict = {}                  # in CONFIG
+
+
+COURSES = {
+    "tiny": Course({name: TASKS[name] for name in PUZZLES}, puzzle),
+    "haystack": Course({kind: Haystack(SHORT[-1], *KINDS[kind]) for kind in KINDS}, short_haystack,
+                       changes={"max_sequence_length": 2048}),
+    "halves": Course({"halves": TASKS["halves"]}, named_halves, 16),
+    "sudoku6": Course({"sudoku6": TASKS["sudoku6"]}, given_sudoku, 42, {"n_layers": 4})}
 
 
 def build_tokenizer() -> Tokenizer:
@@ -245,25 +266,28 @@ def examples(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, he
     return task_batch(pairs, tokenizer, eos_id, length)
 
 
+def deepened(backbone: Backbone, smaller: Backbone) -> Backbone:
+    """The backbone with a smaller one's weights; layers that it has besides add nothing at first."""
+    backbone.load_state_dict(smaller.state_dict(), strict=False)
+    for block in backbone.blocks[smaller.config.layers:]:
+        block.out.weight.data.zero_()
+        block.down.weight.data.zero_()
+    return backbone
+
+
 def pretrain(args: argparse.Namespace) -> None:
-    """Train the tiny model from nothing, or those for haystacks and halves from the tiny one, which
-    can look things up (from nothing that was not learned in 3,000 updates of haystacks), and write
-    it to `args.out`."""
+    """Train the tiny model from nothing, or another from the tiny one, which can look things up
+    (from nothing that was not learned in 3,000 updates of haystacks), and write it to
+    `args.out`."""
     tiny, hay = args.command == "tiny", args.command == "haystack"
-    device, usual = device_of(local_device(args.device)), GEN_LENGTH
-    tokenizer, changes = build_tokenizer(), LONGER if hay else {}
-    if args.command == "halves":
-        usual, asked, drawn = HALVES_LENGTH, {"halves": TASKS["halves"]}, named_halves
-    elif hay:
-        asked, drawn = {k: Haystack(SHORT[-1], *KINDS[k]) for k in KINDS}, short_haystack
-    else:
-        asked, drawn = {name: TASKS[name] for name in PUZZLES}, puzzle
+    asked, drawn, usual, changes = COURSES[args.command]
+    device, tokenizer = device_of(local_device(args.device)), build_tokenizer()
     config = Config(**config_fields(build_config(tokenizer, **changes)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
     if tiny:
         look_nearby(backbone, OFFSETS)
     else:
-        backbone.load_state_dict(load("tiny", "cpu", torch.float32)[0].state_dict())
+        deepened(backbone, load("tiny", "cpu", torch.float32)[0])
     backbone.to(device)
     names = [*asked, "text"] if hay else [*asked]
     args.micros = len(names)
@@ -275,7 +299,7 @@ def pretrain(args: argparse.Namespace) -> None:
         # a quarter of the steps has a longer tail of EOS, so that other lengths work too
         length = usual if step % 4 else rng.randint(usual, 2 * usual)
         # the others learn sooner
-        size = args.batch_size if name in (*EASIER, "halves") else max(1, args.batch_size // 2)
+        size = args.batch_size if name in (*EASIER, *DEPTH) else max(1, args.batch_size // 2)
         data = examples(task, tokenizer, rng, size, False, config.eos_id, length)
         if name == "text":  # masks anywhere, as in LLaDA's own pretraining: nothing but answer
             text = torch.cat(data[:2], 1)
@@ -385,30 +409,35 @@ def show(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------ command line
+def training_options(p: argparse.ArgumentParser, steps: int, batch: int, lr: float,
+                     of: str = "") -> None:
+    """What every pretraining's command takes, with its defaults; of: which examples a batch has."""
+    p.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint it "
+                   "writes; resumes if killed")
+    p.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
+    p.add_argument("--batch-size", type=size, default=batch,
+                   help=f"examples per micro-batch{of} (default: {batch})")
+    p.add_argument("--lr", type=rate, default=lr, help=f"peak of AdamW (default: {lr:g})")
+    p.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")
+    p.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where there is one)")
+
+
 def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True,
-                               metavar="tiny | haystack | halves | stories | show")
+                               metavar="tiny | haystack | halves | sudoku6 | stories | show")
     for name, run, steps, batch, lr, what in (
             ("tiny", pretrain, 10_500, 32, 6e-4,
              f"four puzzles; easier sums in the first {STAGE} updates"),
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
             ("halves", pretrain, 2000, 48, 1e-3, "half-said paths, from checkpoints/tiny on"),
+            ("sudoku6", pretrain, 6000, 32, 1e-3, "6x6 sudokus, from checkpoints/tiny on"),
             ("stories", pretrain_stories, 12_163, 192, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=run)
-        q.add_argument("--out", type=output_folder, required=True, help="folder of the checkpoint "
-                       "it writes; resumes if killed")
-        q.add_argument("--steps", type=count, default=steps, help=f"updates (default: {steps})")
-        q.add_argument("--batch-size", type=size, default=batch, help="examples per micro-batch" + (
-            "" if name in ("halves", "stories") else
-            ", of chain and follow; of the others half as many") +
-            f" (default: {batch})")
-        q.add_argument("--lr", type=rate, default=lr, help=f"peak of AdamW (default: {lr:g})")
-        q.add_argument("--seed", type=seed, default=0, help="of data and fresh weights")
-        q.add_argument("--device", type=named, help="cuda, cpu, ... (default: cuda where "
-                       "there is one)")
+        training_options(q, steps, batch, lr, "" if name in (*DEPTH, "stories") else
+                         ", of chain and follow; of the others half as many")
     q = commands.add_parser("show", help="print held-out examples")
     q.set_defaults(run=show)
     q.add_argument("task", type=one_of(TASKS, "task"), metavar="TASK", help=", ".join(TASKS))

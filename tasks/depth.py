@@ -107,16 +107,16 @@ def has_one_solution(puzzle: str) -> bool:
 class Sudoku6:
     """6x6 sudoku: rows, columns and boxes of two rows by three hold 1 to 6 once each, and one grid
     fits. Givens are left out in a random order while naked and hidden singles still solve it, down
-    to some number from 8 to 16; or, if `hard`, while it has one solution, which singles alone do
-    not find. The split is by solution grid."""
+    to some number from 8 to 16 (`least`); or, if `hard`, while it has one solution, which singles
+    alone do not find. The split is by solution grid."""
 
-    def __init__(self, hard: bool = False):
-        self.hard = hard
+    def __init__(self, hard: bool = False, least: tuple[int, int] = (8, 16)):
+        self.hard, self.least = hard, least
 
     def make(self, rng):
         while True:
             [grid] = grids([63] * 36, 1, rng)
-            cells, least = list(grid), 0 if self.hard else rng.randint(8, 16)
+            cells, least = list(grid), 0 if self.hard else rng.randint(*self.least)
             for cell in rng.sample(range(36), 36):
                 if 36 - cells.count(".") <= least:
                     break

@@ -72,11 +72,11 @@ def test_a_sudoku_without_a_solution_is_refused():
 def test_the_model_that_is_meant():
     """Where none is named: by the memory's folder, the task, the puzzle, or that there is a
     prompt."""
-    tiny = str(CHECKPOINTS["tiny"] / "metastate.safetensors")
+    tiny, soft = (str(CHECKPOINTS[name] / "metastate.safetensors") for name in ("tiny", "soft"))
     for model, *said in (("tiny", None, None, None), ("tiny", None, "sums", None),
                          ("stories", None, "stories", None), ("haystack", None, "needle2-64", None),
                          ("stories", "Once", None, None), ("stories", "Sumsy", None, None),
-                         ("halves", None, "halves", None),
+                         ("halves", None, "halves", None), ("soft", None, "halves", soft),
                          ("tiny", "Sums: 1", None, None), ("tiny", "Once", None, tiny),
                          ("stories", "Once", None, "elsewhere.safetensors")):
         assert usual_model(*said) == model

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lib.watch import Watched
 from metastate import MetaState
 from model import load
 from sample import generate
+from studies.carry import Carry
 from studies.sure import main as sure_main
 from studies.sure import sure
 from train import unrolled_loss
@@ -242,6 +245,19 @@ def test_carry_changes_nothing_before_it_is_trained(backbones, tmp_path):
     save_memory(tmp_path / "carry.safetensors", memory, backbone.fingerprint())
     loaded = MetaState.load(tmp_path / "carry.safetensors", backbone)
     assert answers(backbone, loaded).equal(moved)
+
+
+@pytest.mark.parametrize("spec, file, name", [
+    (ModuleSpec("studies.carry", None), "x/studies/carry.py", "studies.carry"),
+    (None, "somewhere/carry.py", "carry")])
+def test_a_script_s_own_memory_is_found_again(backbones, tmp_path, monkeypatch, spec, file, name):
+    """What `python -m studies.carry` or `python carry.py` saves is known by the module's name."""
+    script = ModuleType("__main__")
+    script.__spec__, script.__file__ = spec, file
+    memory = type("Carry", (Carry,), {"__module__": "__main__"})(backbones["llada"].config)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    save_memory(tmp_path / "memory.safetensors", memory, backbones["llada"].fingerprint())
+    assert read_tensors(tmp_path / "memory.safetensors")[1]["class"] == f"{name}:Carry"
 
 
 def test_carry_keeps_every_position_to_itself(backbones):

@@ -20,10 +20,11 @@ from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
-from studies.pretrain import (EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT, SPECIAL,
-                              STAGE, STORIES, STORY_LENGTH, Graphed, build_config, llada_loss,
-                              look_nearby, named_halves, puzzle, short_haystack, story_batches,
-                              story_tokenizer, trapezoids, write_folder)
+from studies.pretrain import (COURSES, EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT,
+                              SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed, build_config,
+                              deepened, given_sudoku, llada_loss, look_nearby, named_halves, puzzle,
+                              short_haystack, story_batches, story_tokenizer, trapezoids,
+                              write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from train import fit
@@ -98,8 +99,10 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("name, changes, tasks, length", [
-    ("tiny", {}, PUZZLES, 24), ("haystack", pretrain.LONGER, pretrain.HAYSTACK_TASKS, 24),
-    ("halves", {}, ["halves"], 16), ("stories", STORIES, ["stories"], 160)])
+    *((name, course.changes, [*course.tasks], course.length)
+      for name, course in COURSES.items() if name != "haystack"),
+    ("haystack", COURSES["haystack"].changes, pretrain.HAYSTACK_TASKS, 24),
+    ("soft", {}, ["halves"], 16), ("stories", STORIES, ["stories"], 160)])
 def test_the_shipped_folders_are_what_is_written(name, changes, tasks, length, tokenizer, words,
                                                  tmp_path):
     """Config, tokenizer and what is stated; the weights took longer than a test."""
@@ -161,6 +164,28 @@ def test_most_stations_are_named_at_first():
     named = [named_halves("halves", step, rng).named for step in (0, 400, 800, 1999)]
     assert named[0] == 0.9 and 0.25 < named[1] < 0.9 and named[2:] == [0.25, 0.25]
     assert TASKS["halves"].named == 0.25
+
+
+def test_most_cells_are_given_at_first():
+    """One sudoku in five is the task's own at first, all are from update 3000 on; the others have
+    up to 30 of 36 cells."""
+    rng = random.Random(0)
+    for step, own in ((0, 0.2), (1500, 0.5), (3000, 1), (5999, 1)):
+        drawn = [given_sudoku("sudoku6", step, rng) for _ in range(400)]
+        assert sum(task is TASKS["sudoku6"] for task in drawn) / 400 == pytest.approx(own, abs=0.1)
+    easy = next(t for t in iter(lambda: given_sudoku("sudoku6", 0, rng), 0)
+                if t is not TASKS["sudoku6"])
+    given = [sum(c.isdigit() for c in easy.make(rng)[0][8:]) for _ in range(40)]
+    assert min(given) < 16 < 24 < max(given) <= 30
+
+
+def test_layers_besides_add_nothing_at_first(tokenizer):
+    """A deeper backbone with a smaller one's weights says what that says."""
+    smaller, more = load("tiny", "cpu")[0], build_config(tokenizer, n_layers=5)
+    deep = deepened(Backbone(Config(**config_fields(more))).initialise(seeded()), smaller)
+    ids = torch.tensor([tokenizer.encode("follow a\n")])
+    assert deep.config.layers == 5
+    assert torch.equal(deep.hidden(deep.embed(ids)), smaller.hidden(smaller.embed(ids)))
 
 
 def test_haystacks_are_short_at_first():
@@ -338,14 +363,15 @@ def test_pretraining_on_haystacks(few, tmp_path):
     assert stated(tmp_path).tasks == [f"{kind}-64" for kind in KINDS]
 
 
-def test_pretraining_on_halves(few, tmp_path):
-    """Two updates of checkpoints/tiny, with answers of a length of their own."""
-    assert pretrain.main(["halves", "--out", str(tmp_path), "--steps", "2", "--batch-size", "4",
+@pytest.mark.parametrize("name, layers, length", [("halves", 3, 16), ("sudoku6", 4, 42)])
+def test_pretraining_on_one_task(few, tmp_path, name, layers, length):
+    """Two updates of checkpoints/tiny, with answers and layers of its own."""
+    assert pretrain.main([name, "--out", str(tmp_path), "--steps", "2", "--batch-size", "4",
                           "--device", "cpu"]) == 0
     start, moved = load("tiny", "cpu")[0], load(tmp_path, "cpu")[0]
     assert not torch.equal(start.head.weight, moved.head.weight)
-    assert stated(tmp_path) == (16, ["halves"])
-    assert "held_out_halves" in metrics_of(tmp_path / "pretraining")[-1]
+    assert moved.config.layers == layers and stated(tmp_path) == (length, [name])
+    assert f"held_out_{name}" in metrics_of(tmp_path / "pretraining")[-1]
 
 
 # ------------------------------------------------------------------ stories
