@@ -1,7 +1,7 @@
 """A model to which soft tokens are not foreign, and the memory that hands them on.
 
-    python -m studies.soft --out out/soft                      # from checkpoints/halves, 25 min
-    python bench.py accuracy --ckpt out/soft --reset --memory out/soft/soft.safetensors
+    python -m studies.soft --out out/soft        # checkpoints/halves on, 20 min on one core
+    python bench.py accuracy --ckpt out/soft --reset --memory --also soft=out/soft/soft.safetensors
 
 Soft-masked diffusion (arXiv 2510.17206): where a token is still masked, the input is the mask
 blended with what the model made of it a step before, the mean of the embeddings under its
@@ -21,15 +21,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.cli import Parser, command
+from lib.cli import Parser, command, named, require
 from lib.data import move
+from lib.files import write_text
+from lib.hub import find, stated
 from lib.memories import save_memory
 from lib.options import run_settings
 from lib.run import local_device, processes
-from model import Backbone, Config, load
-from studies.pretrain import (COURSES, examples, noised, training_options, trapezoids,
-                              write_folder)
-from tasks import TASKS
+from model import Backbone, Config, load, save
+from studies.pretrain import examples, noised, training_options, trapezoids
+from tasks import find_task
 from train import fit
 
 
@@ -89,43 +90,48 @@ def soft_loss(backbone: Backbone, soft: Soft, prompts: torch.Tensor, answers: to
     steps of a sampler have. told: at a random share of the positions the guess is blended with the
     truth, so that what a soft token says can be relied on. The weight of the guess is uniform from
     0.05 to 1 in each row.  # all our choice"""
-    (B, G), mask_id = answers.shape, backbone.config.mask_id
+    (B, G), mask_id, truth = answers.shape, backbone.config.mask_id, torch.cat([prompts, answers], 1)
+    T, pads = truth.shape[1], None if pad_mask is None else F.pad(pad_mask, (0, G))
     noisy, weights = noised(answers, mask_id, generator)
-    early, share = torch.rand(B, G, generator=generator), torch.rand(B, 1, generator=generator)
-    weight = torch.rand(B, 1, 1, generator=generator).clamp(min=0.05)
-    truth = torch.cat([prompts, answers], 1)
-    T = truth.shape[1]
-    trust = torch.rand(B, T, 1, generator=generator) * (
-        torch.rand(B, T, 1, generator=generator) < torch.rand(B, 1, 1, generator=generator))
-    pads = None if pad_mask is None else F.pad(pad_mask, (0, G))
+    early, share, weight, trust, some, where = move([
+        torch.rand(B, *shape, generator=generator)
+        for shape in ((G,), (1,), (1, 1), (T, 1), (T, 1), (1, 1))], answers.device)
+    weight, trust = weight.clamp(min=0.05), trust * (some < where)                # (B, T, 1)
+
+    def hidden(noisy: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        e = backbone.embed(torch.cat([prompts, noisy], 1))
+        return backbone.hidden(soft.inject(e, state, None, None, weight), pads)
+
     state = soft.initial(B)
-    for k in range(passes + 1):
-        more = early < share * (1 - k / max(1, passes))
-        ids = torch.cat([prompts, noisy.masked_fill(more, mask_id) if k < passes else noisy], 1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes):
-            h = backbone.hidden(soft.inject(backbone.embed(ids), state, None, None, weight), pads)
-            p = soft.guess(h)
-        if k < passes:
-            if told:
-                p = torch.lerp(p, F.one_hot(truth, p.shape[-1]).to(p.dtype), trust)
-            state = soft.mean(soft.initial(B), p)
+    for k in range(passes):
+        with torch.no_grad():
+            more = early < share * (1 - k / passes)                               # (B, G)
+            p = soft.guess(hidden(noisy.masked_fill(more, mask_id), state))       # (B, T, V)
+        if told:
+            p = torch.lerp(p, F.one_hot(truth, p.shape[-1]).to(p.dtype), trust)
+        state = soft.mean(soft.initial(B), p)
+    h = hidden(noisy, state)
     losses = F.cross_entropy(backbone.logits(h[:, T - G:]).flatten(0, 1), answers.flatten(),
                              reduction="none")
     return losses @ weights.flatten()
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """Train the model of halves on with soft masks, and write it and its `Soft` to `args.out`."""
-    backbone, tokenizer = load("halves", local_device(args.device), torch.float32)
+def train_on(args: argparse.Namespace) -> None:
+    """Train a checkpoint on with soft masks, on the tasks that it names, and write it and its
+    `Soft` to `args.out`."""
+    length, names = stated(args.ckpt)
+    require(bool(names), f"{args.ckpt} names no tasks that it was trained on")
+    backbone, tokenizer = load(args.ckpt, local_device(args.device), torch.float32)
     backbone.requires_grad_(True)
-    soft, c, task = Soft.of(backbone), backbone.config, TASKS["halves"]
+    soft, c = Soft.of(backbone), backbone.config
 
-    def drawn(rng: random.Random, size: int, held_out: bool):
-        data = examples(task, tokenizer, rng, size, held_out, c.eos_id, COURSES["halves"].length)
+    def drawn(name: str, rng: random.Random, size: int, held_out: bool):
+        data = examples(find_task(name), tokenizer, rng, size, held_out, c.eos_id, length)
         return move(data, backbone.embedding.weight.device)
 
     def batch(step: int, micro: int):
-        return drawn(random.Random(f"{args.seed} {step}"), args.batch_size, False)
+        return drawn(names[step % len(names)], random.Random(f"{args.seed} {step}"),
+                     args.batch_size, False)
 
     def loss_fn(step: int, micro: int):
         rng = random.Random(f"passes {args.seed} {step}")
@@ -136,16 +142,19 @@ def pretrain(args: argparse.Namespace) -> None:
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        return {f"held_out_{name}": soft_loss(
-            backbone, soft, *drawn(random.Random(0), 256, True), passes, False,
-            torch.Generator().manual_seed(0)).item() for name, passes in (("bare", 0), ("soft", 8))}
+        held_out = [drawn(name, random.Random(0), 256, True) for name in names]
+        return {f"held_out_{how}": sum(
+            soft_loss(backbone, soft, *data, passes, False, torch.Generator().manual_seed(0)).item()
+            for data in held_out) / len(names) for how, passes in (("bare", 0), ("soft", 8))}
 
     out, args.micros = Path(args.out), 1
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
         lr=args.lr, schedule=partial(trapezoids, fall=0.3), warmup=100, clip=0.25, evaluate=evaluate,
         settings=run_settings(args, backbone, tokenizer, batch, Backbone, Soft, soft_loss))
     if processes()[0] == 0:
-        write_folder(backbone, tokenizer, out, ["halves"], COURSES["halves"].length)
+        for file in find(args.ckpt).glob("*.json"):
+            write_text(out / file.name, file.read_text())
+        save(backbone, out / "model.safetensors")
         save_memory(out / "soft.safetensors", soft, backbone.fingerprint())
         print(f"wrote {out}")
 
@@ -154,8 +163,10 @@ def pretrain(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says."""
     p = Parser(description=__doc__)
-    training_options(p, 3000, 48, 1e-3)
-    pretrain(p.parse_args(argv))
+    p.add_argument("--ckpt", type=named, default="halves", help="one that names its tasks "
+                   "(default: halves)")
+    training_options(p, 3000, 48, 7e-4)
+    train_on(p.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from conftest import noise, one_prompt, seeded
 
 import bench
 from lib.cli import InputError
-from lib.hub import CHECKPOINTS
+from lib.hub import CHECKPOINTS, stated
 from lib.memories import new_memory, save_memory
 from metastate import MetaState, Reset
 from model import load
@@ -125,15 +125,22 @@ def test_gradients_come_from_the_last_pass_alone(tiny, monkeypatch):
 
 
 def test_training_writes_a_checkpoint_and_its_soft_tokens(tmp_path):
-    """Two updates of checkpoints/halves."""
+    """Two updates of checkpoints/halves, which is the usual one: a checkpoint as that, and what was
+    in its folder besides weights."""
     assert study.main(["--out", str(tmp_path), "--steps", "2", "--batch-size", "4", "--device",
                        "cpu"]) == 0
     start, (moved, _) = load("halves", "cpu")[0], load(tmp_path, "cpu")
     assert not torch.equal(start.head.weight, moved.head.weight)
+    assert stated(tmp_path) == stated("halves")
     soft = MetaState.load(tmp_path / "soft.safetensors", moved)
     assert torch.equal(soft.head, moved.head.weight)
     last = json.loads((tmp_path / "pretraining" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"held_out_bare", "held_out_soft"} <= last.keys()
+
+
+def test_a_checkpoint_has_to_name_its_tasks(small_ckpt, tmp_path, capsys):
+    assert study.main(["--ckpt", str(small_ckpt), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("names no tasks that it was trained on\n")
 
 
 # ------------------------------------------------------------------ what is shipped
