@@ -138,8 +138,8 @@ def test_training_writes_a_checkpoint_and_its_soft_tokens(tmp_path):
     assert {"held_out_bare", "held_out_soft"} <= last.keys()
 
 
-def test_a_checkpoint_has_to_name_its_tasks(small_ckpt, tmp_path, capsys):
-    assert study.main(["--ckpt", str(small_ckpt), "--out", str(tmp_path / "out")]) == 2
+def test_a_checkpoint_has_to_name_its_tasks(text_ckpt, tmp_path, capsys):
+    assert study.main(["--ckpt", str(text_ckpt), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.endswith("names no tasks that it was trained on\n")
 
 
