@@ -66,6 +66,7 @@ class AccuracyTable:
 
     def __init__(self, seeds: dict[str, int], tasks: list[str], settings: list[str], prompts: int):
         self.tasks, self.settings, self.rows = tasks, settings, []
+        self.whole = "mean" if len(tasks) > 1 else tasks[0]  # what a line over all tasks says
         shape = (len(tasks), len(settings), prompts)
         self.right, self.forwards = ({v: np.zeros((n, *shape)) for v, n in seeds.items()}
                                      for _ in range(2))
@@ -88,7 +89,7 @@ class AccuracyTable:
             self._row(alone, [0], self.tasks[i], v, [i])
 
     def finish(self, caption: str, reduced: list[int], one: int | None) -> dict:
-        """Print the means of the tasks, MetaState's leads, a caption, and what follows; returns
+        """Print the means of several tasks, MetaState's leads, a caption, and what follows; returns
         {"leads", "differences", "forwards_share", "fronts"}. reduced: the settings with less than
         one step per token; one: that with one."""
         measured, every = Accuracies(self.right), list(range(len(self.tasks)))
@@ -115,7 +116,7 @@ class AccuracyTable:
                 found += [{"minus": minus, "setting": setting, "points": points, "low": low,
                            "high": high} for setting, (points, low, high) in
                           zip(self.settings, leads)]
-                print(f"| mean | MetaState - {minus} | " + " | ".join(
+                print(f"| {self.whole} | MetaState - {minus} | " + " | ".join(
                     f"{points:+.1f} ({low:+.1f} to {high:+.1f})" for points, low, high in leads)
                     + " |")
         return found
@@ -128,6 +129,8 @@ class AccuracyTable:
                 "seconds": None if np.isnan(seconds[j]) else float(seconds[j])}
                for j, setting in enumerate(self.settings)]
         self.rows += row
+        if task == "mean" != self.whole:  # it stands above
+            return
         print(f"| {task} | {v} | " + " | ".join(
             f"{c['accuracy']:.1f} ({c['low']:.0f}-{c['high']:.0f})"
             + (f" in {c['forwards']:.1f}" if c["setting"].startswith("thr") else "")
