@@ -52,17 +52,18 @@ def lengths(state: torch.Tensor) -> torch.Tensor:
 
 
 class Bars:
-    """The lines of a live view that show a `Watched` memory: a bar for each slot, of which the
-    highest is the largest move so far, and one for each position of the block, of which the highest
-    is certainty."""
+    """The lines of a live view that show a `Watched` memory: a bar for each slot up to the last that
+    has ever moved, of which the highest is the largest move so far, and one for each position of
+    the block, of which the highest is certainty."""
 
     def __init__(self, watched: Watched):
-        self.watched, self.most = watched, 1e-9
+        self.watched, self.most, self.used = watched, 1e-9, 0
 
     def __call__(self) -> list[str]:
         now = self.watched.of_row(0)
         self.most = max([self.most, *now["slots"]])
-        slots = "".join(bar(x / self.most) for x in now["slots"])
+        self.used = max([self.used, *(i + 1 for i, x in enumerate(now["slots"]) if x)])
+        slots = "".join(bar(x / self.most) for x in now["slots"][:self.used])
         return [f"slots moved   {slots}"] * bool(slots) + [
             "sure of each  " + "".join(map(bar, now["sure"]))]
 

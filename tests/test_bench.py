@@ -131,7 +131,8 @@ def test_the_map_in_seconds(files, capsys):
             "0.9", "--memory", files[1], "--reset"]
     table, result = result_of(capsys, *argv, "--alone", "2")
     assert all(r["seconds"] > 0 for r in result["rows"])
-    assert [line.count(" ms") for line in table if "| frozen |" in line] == [3]  # one task is its own mean
+    # one row: a single task is its own mean
+    assert [line.count(" ms") for line in table if "| frozen |" in line] == [3]
     slow, fast = (r["seconds"] for r in result["rows"][:2])
     assert slow > fast  # six steps against one
     assert [(f["variant"], f["by"]) for f in result["fronts"]] == [

@@ -44,6 +44,17 @@ def test_bars(share, char):
     assert bar(share) == char
 
 
+def test_slots_that_never_moved_are_not_shown(shallow):
+    """Such as the positions behind a sequence, where a memory keeps one for each; those that moved
+    once stay."""
+    watched = Watched(awake(shallow, slots=4))
+    bars, shown = Bars(watched), []
+    for moved in ([0.0, 1, 0, 0], [1, 0, 0.5, 0], [0, 0, 0, 0]):
+        watched.moved = torch.tensor([moved])
+        shown.append(bars()[0].split()[-1])
+    assert shown == [BARS[0] + BARS[7], BARS[7] + BARS[0] + BARS[4], 3 * BARS[0]]
+
+
 def test_shown_beside_every_step(capsys):
     """A line for the slots and one for the positions, with a memory; the answer is what it is."""
     argv = ["--steps", "3", "--memory", TINY, "--device", "cpu"]
