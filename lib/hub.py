@@ -18,6 +18,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "haystack": OURS / "haystack",
     "halves": OURS / "halves",
     "soft": OURS / "soft",
+    "sudoku6": OURS / "sudoku6",
     "stories": OURS / "stories",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",

@@ -52,9 +52,9 @@ def lengths(state: torch.Tensor) -> torch.Tensor:
 
 
 class Bars:
-    """The lines of a live view that show a `Watched` memory: a bar for each slot up to the last that
-    has ever moved, of which the highest is the largest move so far, and one for each position of
-    the block, of which the highest is certainty."""
+    """The lines of a live view that show a `Watched` memory: a bar for each slot, up to the last
+    that has ever moved, of which the highest is the largest move so far, and one for each position
+    of the block, of which the highest is certainty."""
 
     def __init__(self, watched: Watched):
         self.watched, self.most, self.used = watched, 1e-9, 0
@@ -62,7 +62,7 @@ class Bars:
     def __call__(self) -> list[str]:
         now = self.watched.of_row(0)
         self.most = max([self.most, *now["slots"]])
-        self.used = max([self.used, *(i + 1 for i, x in enumerate(now["slots"]) if x)])
+        self.used = max([self.used, *(i for i, x in enumerate(now["slots"], 1) if x)])
         slots = "".join(bar(x / self.most) for x in now["slots"][:self.used])
         return [f"slots moved   {slots}"] * bool(slots) + [
             "sure of each  " + "".join(map(bar, now["sure"]))]

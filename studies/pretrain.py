@@ -267,7 +267,7 @@ def examples(task: Task, tokenizer: Tokenizer, rng: random.Random, size: int, he
 
 
 def deepened(backbone: Backbone, smaller: Backbone) -> Backbone:
-    """The backbone with a smaller one's weights; layers that it has besides add nothing at first."""
+    """The backbone with a smaller one's weights; its layers besides add nothing at first."""
     backbone.load_state_dict(smaller.state_dict(), strict=False)
     for block in backbone.blocks[smaller.config.layers:]:
         block.out.weight.data.zero_()

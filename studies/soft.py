@@ -90,8 +90,10 @@ def soft_loss(backbone: Backbone, soft: Soft, prompts: torch.Tensor, answers: to
     steps of a sampler have. told: at a random share of the positions the guess is blended with the
     truth, so that what a soft token says can be relied on. The weight of the guess is uniform from
     0.05 to 1 in each row.  # all our choice"""
-    (B, G), mask_id, truth = answers.shape, backbone.config.mask_id, torch.cat([prompts, answers], 1)
-    T, pads = truth.shape[1], None if pad_mask is None else F.pad(pad_mask, (0, G))
+    (B, G), mask_id = answers.shape, backbone.config.mask_id
+    pads = None if pad_mask is None else F.pad(pad_mask, (0, G))
+    truth = torch.cat([prompts, answers], 1)                                      # (B, T)
+    T = truth.shape[1]
     noisy, weights = noised(answers, mask_id, generator)
     early, share, weight, trust, some, where = move([
         torch.rand(B, *shape, generator=generator)
@@ -149,7 +151,8 @@ def train_on(args: argparse.Namespace) -> None:
 
     out, args.micros = Path(args.out), 1
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
-        lr=args.lr, schedule=partial(trapezoids, fall=0.3), warmup=100, clip=0.25, evaluate=evaluate,
+        lr=args.lr, schedule=partial(trapezoids, fall=0.3), warmup=100, clip=0.25,
+        evaluate=evaluate,
         settings=run_settings(args, backbone, tokenizer, batch, Backbone, Soft, soft_loss))
     if processes()[0] == 0:
         for file in find(args.ckpt).glob("*.json"):

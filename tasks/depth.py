@@ -8,7 +8,7 @@ import random
 import string
 from fractions import Fraction
 
-from tasks.puzzles import Follow
+from tasks.puzzles import Follow, words_of
 
 
 # ------------------------------------------------------------------ sudoku6
@@ -133,6 +133,28 @@ class Sudoku6:
     @staticmethod
     def _lines(cells: str) -> str:
         return "\n".join(cells[i:i + 6] for i in range(0, 36, 6))
+
+    def read(self, text):
+        words = words_of(text, "sudoku6", r"(\s*[1-6.]){36}", "36 cells, row by row: 1 to 6, and . "
+                         "for what is to be found")
+        if words is None:
+            return None
+        if self._solutions(cells := "".join(words)) == 0:
+            raise ValueError("this one has no solution")
+        return "sudoku6\n" + self._lines(cells) + "\n"
+
+    def hint(self, prompt):
+        """What to expect of a puzzle with more than one solution, "" for others."""
+        several = self._solutions("".join(prompt.split()[1:])) > 1
+        return "several solutions; it was trained on puzzles with one" if several else ""
+
+    @staticmethod
+    def _solutions(cells: str) -> int:
+        """How many grids fit, 2 for any more than one."""
+        try:
+            return len(grids(singles(cells), 2))
+        except Contradiction:
+            return 0
 
     def check(self, prompt, text):
         cells, givens = "".join(text.split()), "".join(prompt.split()[1:])

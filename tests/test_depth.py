@@ -235,6 +235,21 @@ def test_nothing_but_the_trail_gives_the_end_away():
 
 
 # ------------------------------------------------------------------ halves
+def test_a_6x6_sudoku_of_ones_own():
+    """In any spacing; refused with the format, or where no grid fits; several are said."""
+    task = TASKS["sudoku6"]
+    for prompt, _ in examples("sudoku6", 10):
+        cells = "".join(prompt.split()[1:])
+        assert task.read("Sudoku6: " + " ".join(cells)) == task.read(prompt) == prompt
+        assert task.hint(prompt) == ""
+    assert "several solutions" in task.hint("sudoku6\n" + 6 * "......\n")
+    assert task.read("sudoku 1... .... .... ....") is None
+    for text, fault in (("1.... " * 6, "36 cells"), ("11...." + 30 * ".", "no solution"),
+                        ("7" + 35 * ".", "36 cells")):
+        with pytest.raises(ValueError, match=fault):
+            task.read("sudoku6 " + text)
+
+
 def test_halves_are_those_of_the_path():
     """`follow`'s own answer to the same puzzle, each station halved or, one time in four, named;
     either is right everywhere, in any spacing. Another half or letter, one left out or added is
