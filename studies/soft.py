@@ -162,14 +162,19 @@ def train_on(args: argparse.Namespace) -> None:
         print(f"wrote {out}")
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says."""
+def parser() -> Parser:
+    """The command-line options."""
     p = Parser(description=__doc__)
     p.add_argument("--ckpt", type=named, default="halves", help="one that names its tasks "
                    "(default: halves)")
     training_options(p, 3000, 48, 7e-4)
-    train_on(p.parse_args(argv))
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Train as the command line says."""
+    train_on(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -494,10 +494,12 @@ def test_shuffled_gives_each_row_the_memory_of_another(backbone):
 
 
 def test_shuffled_changes_nothing_among_equals(backbone):
-    """Where all rows are the same example."""
+    """Where all rows are the same example: no more than the rounding by which rows of one batch
+    differ on some CPUs."""
     memory = awake(backbone)
     plain, shuffled = (states(backbone, m, one_prompt(3)) for m in (memory, Shuffled(memory)))
-    assert torch.allclose(shuffled, plain, atol=1e-5)
+    rounding = (plain - plain[:, :1]).abs().max()
+    assert rounding < 1e-4 and (shuffled - plain).abs().max() <= 2 * rounding
 
 
 def test_cut_ends_gradients_within_a_step(backbone):
