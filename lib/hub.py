@@ -18,6 +18,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "haystack": OURS / "haystack",
     "halves": OURS / "halves",
     "soft": OURS / "soft",
+    "soft-tiny": OURS / "soft-tiny",
     "sudoku6": OURS / "sudoku6",
     "stories": OURS / "stories",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
@@ -32,6 +33,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "diffucoder-7b-base": "apple/DiffuCoder-7B-Base",
     "diffucoder-7b-cpgrpo": "apple/DiffuCoder-7B-cpGRPO",
 }
+MADE = {"soft": "soft", "soft-tiny": "soft --ckpt tiny"}  # the others by studies.pretrain NAME
 WANTED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
           "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
           "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
@@ -57,8 +59,7 @@ def find(ckpt: str | Path) -> Path:
     require(not str(ckpt).startswith("random:"), f"{ckpt} has neither files nor a tokenizer: pass "
             f"{str(ckpt).removeprefix('random:')!r} itself, or another checkpoint")
     require(str(ckpt) not in CHECKPOINTS or isinstance(target, str), f"{target} is not there: "
-            f"python -m studies.{'soft' if ckpt == 'soft' else f'pretrain {ckpt}'} --out {target} "
-            "makes it")
+            f"python -m studies.{MADE.get(str(ckpt), f'pretrain {ckpt}')} --out {target} makes it")
     require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", str(target))),
             f"unknown checkpoint {str(ckpt)!r}: pass one of {', '.join(CHECKPOINTS)}, random:NAME, "
             "a folder with config.json and *.safetensors, or a hub id owner/name or "

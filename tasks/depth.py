@@ -192,12 +192,16 @@ def worked_out(text: str) -> tuple[Fraction, list[int]] | None:
 
 
 class Countdown:
-    """Four numbers from 1 to 9 and a target from 10 to 99: an expression that uses each of the four
-    once, with + - * and parentheses, and has that value. Any right one counts, with / too."""
+    """Some numbers from 1 to 9, four unless said otherwise, and a target from 10 to 99: an
+    expression that uses each of them once, with + - * and parentheses, and has that value. Any
+    right one counts, with / too."""
+
+    def __init__(self, size: int = 4):
+        self.size = size
 
     def make(self, rng):
         while True:
-            numbers = [rng.randint(1, 9) for _ in range(4)]
+            numbers = [rng.randint(1, 9) for _ in range(self.size)]
             terms = [(n, str(n), 3) for n in numbers]  # value, text, how tightly it binds
             while len(terms) > 1:
                 rng.shuffle(terms)
@@ -216,6 +220,11 @@ class Countdown:
         behind = behind if close > binds or close == binds and sign != "-" else f"({behind})"
         value = a + b if sign == "+" else a - b if sign == "-" else a * b
         return value, before + sign + behind, binds
+
+    def read(self, text):
+        words = words_of(text, "countdown", r"([1-9] ){4}[1-9][0-9]",
+                         "four numbers from 1 to 9 and a target from 10 to 99")
+        return words and f"countdown\n{' '.join(words)}\n"
 
     def check(self, prompt, text):
         *numbers, target = map(int, prompt.split()[1:])

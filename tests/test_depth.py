@@ -12,7 +12,7 @@ import torch
 import bench
 from model import load
 from tasks import TASKS, draw, is_held_out
-from tasks.depth import DEPTH, UNITS, Hops, Sudoku6, worked_out
+from tasks.depth import DEPTH, UNITS, Countdown, Hops, Sudoku6, worked_out
 
 NAMES = ["sudoku6", "sudoku6-hard", "countdown", "hops", "halves"]
 SUDOKUS = pytest.mark.parametrize("name", NAMES[:2])
@@ -190,6 +190,26 @@ def test_the_same_numbers_and_target_are_on_one_side():
         sides = {is_held_out(task, f"{name}\n{' '.join(order)} {target}\n", answer)
                  for order in itertools.permutations(numbers)}
         assert len(sides) == 1
+
+
+def test_a_countdown_of_ones_own():
+    """Like the task's prompts, with blanks as they come; what is not one is refused."""
+    task = TASKS["countdown"]
+    for prompt, _ in examples("countdown", 10):
+        assert task.read("Countdown: " + "  ".join(prompt.split()[1:])) == prompt
+    assert task.read("count 1 2 3 4 10") is None
+    for text in ("", "1 2 3 10", "1 2 3 4 5 10", "0 2 3 4 10", "12 2 3 4 10", "1 2 3 4 9",
+                 "1 2 3 4 x"):
+        with pytest.raises(ValueError, match="four numbers from 1 to 9 and a target from 10 to 99"):
+            task.read("countdown " + text)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_countdowns_of_fewer_numbers(size):
+    """What pretraining begins with."""
+    task, rng = Countdown(size), random.Random(0)
+    for prompt, answer in (task.make(rng) for _ in range(20)):
+        assert len(prompt.split()) == size + 2 and task.check(prompt, answer)
 
 
 # ------------------------------------------------------------------ hops

@@ -102,7 +102,8 @@ def test_the_folder_is_a_checkpoint(tokenizer, tmp_path):
     *((name, course.changes, [*course.tasks], course.length)
       for name, course in COURSES.items() if name != "haystack"),
     ("haystack", COURSES["haystack"].changes, pretrain.HAYSTACK_TASKS, 24),
-    ("soft", {}, ["halves"], 16), ("stories", STORIES, ["stories"], 160)])
+    ("soft", {}, ["halves"], 16), ("soft-tiny", {}, [*PUZZLES], 24),
+    ("stories", STORIES, ["stories"], 160)])
 def test_the_shipped_folders_are_what_is_written(name, changes, tasks, length, tokenizer, words,
                                                  tmp_path):
     """Config, tokenizer and what is stated; the weights took longer than a test."""

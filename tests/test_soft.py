@@ -14,7 +14,7 @@ import bench
 from lib.cli import InputError
 from lib.hub import CHECKPOINTS, stated
 from lib.memories import new_memory, save_memory
-from metastate import MetaState, Reset
+from metastate import MetaState, Reset, Shuffled
 from model import load
 from sample import generate
 from studies import soft as study
@@ -191,3 +191,16 @@ def test_depth_is_bought():
                     for name in ("metastate", "soft"))
     frozen, reset = right(None), right(Reset(memory))
     assert right(memory) > 36 and max(frozen, reset) < 20 and right(soft) > frozen + 5
+
+
+def test_few_steps_are_enough_for_who_reads_softly():
+    """In a quarter of the steps a chain is worked out by its own soft tokens and by MetaState, not
+    by the frozen model, nor with another prompt's memory."""
+    (backbone, tokenizer), rng = load("soft-tiny", "cpu", torch.float32), random.Random(7)
+    prompts = [draw("chain", rng, held_out=True)[0] for _ in range(30)]
+    memory, soft = (MetaState.load(CHECKPOINTS["soft-tiny"] / f"{name}.safetensors", backbone)
+                    for name in ("metastate", "soft"))
+    frozen, softly, with_memory, shuffled = (
+        sum(bench.solve(backbone, tokenizer, TASKS["chain"], prompts, 24, steps=6, memory=m)[0])
+        for m in (None, soft, memory, Shuffled(memory)))
+    assert min(softly, with_memory) > 26 and frozen < 20 and shuffled < 8
