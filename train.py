@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib.cli import command, compile_on, require
-from lib.data import choose_data, move
+from lib.data import choose_data, move, training_defaults
 from lib.memories import new_memory, save_memory
-from lib.options import LEGEND, run_settings, training_defaults, training_parser
+from lib.options import LEGEND, run_settings, training_parser
 from lib.progress import slow
 from lib.run import Run, local_device, processes
 from lib.stats import Clock, Pace, product_rate

@@ -38,6 +38,20 @@ def move(data, device) -> list:
     return [None if x is None else x.to(device, non_blocking=True) for x in data]
 
 
+def training_defaults(args, large: bool) -> None:
+    """Fill in what train.py was not told. 8B and 7B take their examples one by one and recompute
+    their blocks, to fit 40 GB; one pass over 50,000 examples. Texts are walked as published. Tasks
+    are in longer walks too, the surest tokens first: where one answer is right a memory gains most
+    by that, where many are it does harm (docs/results.md)  # our choice"""
+    text = args.data is not None or not stated(args.ckpt).tasks
+    for name, there, then, usual in (
+            ("batch_size", large, 1, 8), ("micros", large, 16, 4), ("steps", large, 3125, 2000),
+            ("checkpointing", large, True, False), ("K", text, [4], [4, 4, 12]),
+            ("reveal", text, "random", "surest")):
+        if getattr(args, name) is None:
+            setattr(args, name, then if there else usual)
+
+
 def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., Batch]:
     """The batches that a training command asks for: the file of --data, else the tasks that the
     checkpoint names, else the Tulu-3 mixture. draw(name, rng, held_out) makes a task's example; c

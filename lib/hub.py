@@ -20,6 +20,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "soft": OURS / "soft",
     "soft-tiny": OURS / "soft-tiny",
     "sudoku6": OURS / "sudoku6",
+    "countdown": OURS / "countdown",
     "stories": OURS / "stories",
     "llada-8b": "GSAI-ML/LLaDA-8B-Instruct",
     "llada-8b-base": "GSAI-ML/LLaDA-8B-Base",

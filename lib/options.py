@@ -182,15 +182,6 @@ def add_data_options(parser, max_length: int = 1024, batch_size: int | None = No
     parser.add_argument("--seed", type=seed, default=0, help="of the data and of fresh weights")
 
 
-def training_defaults(args: argparse.Namespace, large: bool) -> None:
-    """Fill in what train.py was not told. 8B and 7B take their examples one by one and recompute
-    their blocks, to fit 40 GB; one pass over 50,000 examples  # our choice"""
-    for name, of_8b, usual in (("batch_size", 1, 8), ("micros", 16, 4), ("steps", 3125, 2000),
-                               ("checkpointing", True, False)):
-        if getattr(args, name) is None:
-            setattr(args, name, of_8b if large else usual)
-
-
 def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     """What train.py takes."""
     p = Parser(description=doc)
@@ -209,10 +200,10 @@ def training_parser(doc: str, reveals: Iterable[str]) -> Parser:
     shape.add_argument("--no-time", action="store_true", help="ablation: t_cond is constant")
     shape.add_argument("--no-local", action="store_true", help="ablation: no local attention bias")
     loss = p.add_argument_group("loss")
-    loss.add_argument("--K", type=listed(whole(1, 1000)), default=[4, 4, 12],
-                      help="steps to unroll; of several each micro-batch draws one")
-    loss.add_argument("--reveal", choices=list(reveals), default="surest", help="which tokens a "
-                      "step reveals: any, as published, or the surest (default)")
+    loss.add_argument("--K", type=listed(whole(1, 1000)), help="steps to unroll; of several each "
+                      "micro-batch draws one (default: 4,4,12 on tasks, 4 on texts, as published)")
+    loss.add_argument("--reveal", choices=list(reveals), help="which tokens a step reveals: the "
+                      "surest (default on tasks) or any, as published (default on texts)")
     loss.add_argument("--lam", type=number(0, 1), default=0.5, help="dense against reveal loss")
     loss.add_argument("--concentration", type=number(0, 1e6, open_low=True), default=1.0,
                       help="of the Dirichlet")

@@ -1,10 +1,11 @@
-"""How checkpoints/tiny, haystack, halves, sudoku6 and stories were made: a tokenizer, a LLaDA of
-0.4 M parameters, for stories of 1.5 M, and its pretraining on tasks.
+"""How checkpoints/tiny, haystack, halves, sudoku6, countdown and stories were made: a tokenizer, a
+LLaDA of 0.4 M parameters, for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
     python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 8 min on one
     python -m studies.pretrain sudoku6 --out out/sudoku6      # from checkpoints/tiny, 40 min on one
+    python -m studies.pretrain countdown --out out/countdown  # from checkpoints/tiny, 55 min on one
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on an H100
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
@@ -37,7 +38,7 @@ from lib.published import config_fields
 from lib.run import local_device, processes
 from model import Backbone, Config, Tokenizer, load, rotate, save
 from tasks import TASKS, Task, draw
-from tasks.depth import DEPTH, Halves, Sudoku6
+from tasks.depth import DEPTH, Countdown, Halves, Sudoku6
 from tasks.haystack import KINDS, Haystack
 from tasks.puzzles import Chain, Follow, Sums
 from tasks.stories import Stories
@@ -85,6 +86,11 @@ def given_sudoku(name: str, step: int, rng: random.Random) -> Task:
     return TASKS[name] if rng.random() < max(0.2, step / 3000) else Sudoku6(least=(10, 30))
 
 
+def fewer_numbers(name: str, step: int, rng: random.Random) -> Task:
+    """Countdowns of two, three or four numbers; of four alone from update 8000 on."""
+    return TASKS[name] if rng.random() < max(0.4, step / 8000) else Countdown(rng.randint(2, 3))
+
+
 # ------------------------------------------------------------------ the tiny model
 CONFIG = {  # LLaDA's own format, small: 0.4 M parameters. rope_theta suits sequences of some 70
     # tokens better than 10000: sudoku was learned in about half as many updates with 100
@@ -115,7 +121,8 @@ COURSES = {
     "haystack": Course({kind: Haystack(SHORT[-1], *KINDS[kind]) for kind in KINDS}, short_haystack,
                        changes={"max_sequence_length": 2048}),
     "halves": Course({"halves": TASKS["halves"]}, named_halves, 16),
-    "sudoku6": Course({"sudoku6": TASKS["sudoku6"]}, given_sudoku, 42, {"n_layers": 4})}
+    "sudoku6": Course({"sudoku6": TASKS["sudoku6"]}, given_sudoku, 42, {"n_layers": 4}),
+    "countdown": Course({"countdown": TASKS["countdown"]}, fewer_numbers, 12, {"n_layers": 4})}
 
 
 def build_tokenizer() -> Tokenizer:
@@ -426,13 +433,14 @@ def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True,
-                               metavar="tiny | haystack | halves | sudoku6 | stories | show")
+                               metavar=" | ".join([*COURSES, "stories", "show"]))
     for name, run, steps, batch, lr, what in (
             ("tiny", pretrain, 10_500, 32, 6e-4,
              f"four puzzles; easier sums in the first {STAGE} updates"),
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
             ("halves", pretrain, 2000, 48, 1e-3, "half-said paths, from checkpoints/tiny on"),
             ("sudoku6", pretrain, 6000, 32, 1e-3, "6x6 sudokus, from checkpoints/tiny on"),
+            ("countdown", pretrain, 15_000, 64, 1e-3, "countdowns, from checkpoints/tiny on"),
             ("stories", pretrain_stories, 12_163, 192, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)
         q.set_defaults(run=run)

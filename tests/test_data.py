@@ -19,10 +19,11 @@ from lib import cli
 from lib.cli import InputError
 from lib.conversations import data_file, messages_of
 from lib.data import (choose_data, file_batches, left_pad, move, read_examples, task_batch,
-                      task_batches, tulu)
+                      task_batches, training_defaults, tulu)
 from lib.tokenizer import Tokenizer
 from model import load
 from tasks import TASKS, draw, is_held_out
+from train import parser
 
 
 def test_left_pad_puts_the_padding_in_front():
@@ -437,3 +438,17 @@ def test_a_checkpoint_that_names_an_unknown_task(ckpt, tiny):
     (ckpt / "generation_config.json").write_text('{"tasks": ["sums", "chess"]}')
     with pytest.raises(InputError, match=f"{ckpt}.*chess.*sudoku"):
         choose_data(asked(ckpt), tiny, SPECIAL, draw)
+
+
+@pytest.mark.parametrize("options, ckpt, K, reveal", [
+    ((), "tiny", [4, 4, 12], "surest"), ((), "text", [4], "random"),
+    (("--data", "file"), "tiny", [4], "random"), (("--K", "3"), "tiny", [3], "surest"),
+    (("--reveal", "surest", "--data", "file"), "tiny", [4], "surest")])
+def test_texts_are_walked_as_published(options, ckpt, K, reveal, text_ckpt, tmp_path):
+    """Tasks otherwise; and what is asked for is done."""
+    file = tmp_path / "file.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+    args = parser().parse_args(["--ckpt", "tiny" if ckpt == "tiny" else str(text_ckpt),
+                                *(str(file) if word == "file" else word for word in options)])
+    training_defaults(args, large=False)
+    assert (args.K, args.reveal, args.batch_size, args.steps) == (K, reveal, 8, 2000)

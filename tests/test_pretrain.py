@@ -22,9 +22,9 @@ from model import Backbone, Config, load, rotate
 from studies import pretrain
 from studies.pretrain import (COURSES, EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT,
                               SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed, build_config,
-                              deepened, given_sudoku, llada_loss, look_nearby, named_halves, puzzle,
-                              short_haystack, story_batches, story_tokenizer, trapezoids,
-                              write_folder)
+                              deepened, fewer_numbers, given_sudoku, llada_loss, look_nearby,
+                              named_halves, puzzle, short_haystack, story_batches,
+                              story_tokenizer, trapezoids, write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from train import fit
@@ -178,6 +178,16 @@ def test_most_cells_are_given_at_first():
                 if t is not TASKS["sudoku6"])
     given = [sum(c.isdigit() for c in easy.make(rng)[0][8:]) for _ in range(40)]
     assert min(given) < 16 < 24 < max(given) <= 30
+
+
+def test_numbers_become_four():
+    """Two countdowns in five have all four numbers at first, all have them from update 8000 on."""
+    rng = random.Random(0)
+    for step, own in ((0, 0.4), (6000, 0.75), (8000, 1)):
+        drawn = [fewer_numbers("countdown", step, rng) for _ in range(400)]
+        full = sum(task is TASKS["countdown"] for task in drawn)
+        assert full / 400 == pytest.approx(own, abs=0.1)
+        assert {task.size for task in drawn} == ({2, 3, 4} if own < 1 else {4})
 
 
 def test_layers_besides_add_nothing_at_first(tokenizer):
