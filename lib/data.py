@@ -38,12 +38,17 @@ def move(data, device) -> list:
     return [None if x is None else x.to(device, non_blocking=True) for x in data]
 
 
+def named_tasks(args) -> tuple[int, list[str]]:
+    """The length of an answer and the names of the tasks to train on; none where it is on texts."""
+    return stated(args.ckpt) if args.data is None else (0, [])
+
+
 def training_defaults(args, large: bool) -> None:
     """Fill in what train.py was not told. 8B and 7B take their examples one by one and recompute
-    their blocks, to fit 40 GB; one pass over 50,000 examples. Texts are walked as published. Tasks
-    are in longer walks too, the surest tokens first: where one answer is right a memory gains most
-    by that, where many are it does harm (docs/results.md)  # our choice"""
-    text = args.data is not None or not stated(args.ckpt).tasks
+    their blocks, to fit 40 GB; one pass over 50,000 examples. Texts are unrolled as published. For
+    tasks K is 12 too, and the surest tokens come first: where one answer is right a memory gains
+    most by that, where many are it does harm (docs/results.md)  # our choice"""
+    text = not named_tasks(args)[1]
     for name, there, then, usual in (
             ("batch_size", large, 1, 8), ("micros", large, 16, 4), ("steps", large, 3125, 2000),
             ("checkpointing", large, True, False), ("K", text, [4], [4, 4, 12]),
@@ -56,7 +61,7 @@ def choose_data(args, tokenizer: Tokenizer, c, draw: Callable) -> Callable[..., 
     """The batches that a training command asks for: the file of --data, else the tasks that the
     checkpoint names, else the Tulu-3 mixture. draw(name, rng, held_out) makes a task's example; c
     has eos_id, pad_id and max_len."""
-    length, tasks = stated(args.ckpt) if args.data is None else (0, [])
+    length, tasks = named_tasks(args)
     if tasks:
         try:
             for name in tasks:

@@ -1,5 +1,5 @@
 """How checkpoints/tiny, haystack, halves, sudoku6, countdown and stories were made: a tokenizer, a
-LLaDA of 0.4 M parameters, for stories of 1.5 M, and its pretraining on tasks.
+LLaDA of 0.4 or 0.5 M parameters, for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one

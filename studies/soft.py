@@ -163,7 +163,7 @@ def train_on(args: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
-    """The command-line options."""
+    """What the command line takes."""
     p = Parser(description=__doc__)
     p.add_argument("--ckpt", type=named, default="halves", help="one that names its tasks "
                    "(default: halves)")

@@ -203,6 +203,9 @@ def test_a_model_of_ours_that_is_not_made_yet(cli_fails, monkeypatch, tmp_path):
     monkeypatch.setitem(CHECKPOINTS, "haystack", tmp_path / "absent")
     line = cli_fails("--ckpt", "haystack", "--prompt", "a", "--device", "cpu")
     assert "absent is not there" in line and "python -m studies.pretrain haystack" in line
+    monkeypatch.setitem(CHECKPOINTS, "soft-tiny", tmp_path / "absent")
+    with pytest.raises(InputError, match="python -m studies.soft --ckpt tiny --out .*absent makes"):
+        load("soft-tiny", "cpu")
     with pytest.raises(InputError, match="unknown checkpoint"):
         load(tmp_path / "absent", "cpu")
 
