@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.nn as nn
@@ -147,33 +149,23 @@ class Block(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)      # (B, T, mlp_dim) each
         return x + self.down(F.silu(gate) * up)
 
-    def compile(self, **options) -> None:
-        """Compile `forward` with torch.compile's options, for any batch and length. Without a
-        cache, filling one and reading one, each with and without padding, are functions of their
-        own, for torch keeps only a few graphs of each."""
-        forward = self.forward
-        cases = [lambda x, a, m, c: forward(x, a), lambda x, a, m, c: forward(x, a, m),
-                 lambda x, a, m, c: forward(x, a, None, c), lambda x, a, m, c: forward(x, a, m, c),
-                 lambda x, a, m, c: forward(x, a, None, c), lambda x, a, m, c: forward(x, a, m, c)]
-        cases = [torch.compile(case, dynamic=True, **options) for case in cases]
 
-        def compiled(x, angles, allowed=None, kept=None):
-            reading = kept is not None and kept[0].shape[2] > x.shape[1]
-            case = (allowed is not None) + 2 * (kept is not None) + 2 * reading
-            return cases[case](x, angles, allowed, kept)
-
-        self.forward = compiled
+def through(blocks: list[Block], x, angles, keys_allowed=None, kept=None):
+    """x (B, T, d) -> (B, T, d), through some blocks; kept: their keys, their values, positions."""
+    for i, block in enumerate(blocks):
+        x = block(x, angles, keys_allowed, kept and (kept[0][i], kept[1][i], kept[2]))
+    return x
 
 
 class Cache:
-    """Keys and values of every position of B sequences of length S: k, v (layers, B, kv_heads, S,
-    head_dim), written in place. Positions that are not computed anew are seen as they were when
+    """Keys and values of every position of B sequences of length S: k, v of every layer (B,
+    kv_heads, S, head_dim), written in place. Positions that are not computed anew are seen as when
     they were last computed: an approximation, for attention looks both ways (Fast-dLLM)."""
 
     def __init__(self, backbone: Backbone, batch: int, length: int):
         c, like = backbone.config, backbone.embedding.weight
-        self.k, self.v = (like.new_zeros(c.layers, batch, c.kv_heads, length, c.head_dim)
-                          for _ in range(2))
+        shape = batch, c.kv_heads, length, c.head_dim
+        self.k, self.v = ([like.new_zeros(shape) for _ in range(c.layers)] for _ in range(2))
 
 
 class Backbone(nn.Module):
@@ -188,8 +180,9 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
-        self.checkpointing = False  # recompute each block in the backward pass: less memory
+        self.checkpointing = False  # recompute blocks in the backward pass: less memory
         self.graphs = False  # replay denoising steps as CUDA graphs
+        self.through = through  # or the same compiled
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) ids -> (B, T, d)."""
@@ -206,13 +199,13 @@ class Backbone(nn.Module):
         keys_allowed = None if pad_mask is None else ~pad_mask[:, None, None]   # (B, 1, 1, S)
         position = torch.arange(e.shape[1], device=e.device) + start           # (T,)
         angles = rope(self.config, position, e.dtype)
-        for i, block in enumerate(self.blocks):
-            kept = None if cache is None else (cache.k[i], cache.v[i], position)
-            if self.checkpointing and torch.is_grad_enabled():
-                e = checkpoint(block, e, angles, keys_allowed, kept, use_reentrant=False,
-                               preserve_rng_state=False)
-            else:
-                e = block(e, angles, keys_allowed, kept)
+        through, blocks = self.through, list(self.blocks)
+        if self.checkpointing and torch.is_grad_enabled():
+            through = partial(checkpoint, through, use_reentrant=False, preserve_rng_state=False)
+        some = max(n for n in (1, 2, 3, 4) if len(blocks) % n == 0)  # fewer calls where compiled
+        for i in range(0, len(blocks), some):
+            kept = None if cache is None else (cache.k[i:i + some], cache.v[i:i + some], position)
+            e = through(blocks[i:i + some], e, angles, keys_allowed, kept)
         return self.norm(e)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -224,11 +217,18 @@ class Backbone(nn.Module):
         return self.logits(self.hidden(self.embed(ids), pad_mask))
 
     def compile(self, **options) -> None:
-        """Compile the blocks with torch.compile's options; the first block's code serves all. On
-        CUDA denoising steps of fixed shapes are replayed as CUDA graphs from then on."""
-        for block in self.blocks:
-            block.compile(**options)
-        self.graphs = self.embedding.weight.is_cuda
+        """Compile the blocks, some at a time, with torch.compile's options, for any batch and
+        length: a code each without a cache, filling one, reading one, each with and without
+        padding, for torch keeps few graphs of a code. On CUDA steps become CUDA graphs."""
+        copies = (FunctionType(through.__code__.replace(), globals()) for _ in range(6))
+        cases = [torch.compile(copy, dynamic=True, **options) for copy in copies]
+
+        def compiled(blocks, x, angles, allowed=None, kept=None):
+            reading = kept is not None and kept[0][0].shape[2] > x.shape[1]
+            case = (allowed is not None) + 2 * (kept is not None) + 2 * reading
+            return cases[case](blocks, x, angles, allowed, kept)
+
+        self.through, self.graphs = compiled, self.embedding.weight.is_cuda
 
     def fingerprint(self) -> str:
         """A short hash of config and weights that tells one backbone's memories from another's."""

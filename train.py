@@ -105,11 +105,11 @@ def unrolled_loss(backbone: Backbone, memory: MetaState | None, ids: torch.Tenso
     run = (position >= start[:, None]) & (position < (start + length)[:, None])
     require(bool((run == answer_mask).all()) and int(length.min()) > 0,
             "every row of answer_mask needs one contiguous run of True")
-    counts, n = reveal_counts(length, K, concentration, generator), int(length.max())   # (B, K)
+    counts = reveal_counts(length, K, concentration, generator)                  # (B, K)
+    most = (length[:, None] - counts.cumsum(1) + counts).amax(0).tolist()  # still masked in a row
     masked, length, start, counts = move((answer_mask, length, start, counts), ids.device)
     total, state = 0.0, memory and memory.initial(len(ids))
-    for k in range(K):
-        n = n if k == 0 else int(masked.sum(1).max())  # the one thing that the host waits for
+    for k, n in enumerate(most):
         if n == 0:  # everything is revealed: later steps have weight 0
             break
         # the n positions still masked; a row with fewer fills up with others, which do not count

@@ -104,6 +104,8 @@ STORIES = {"d_model": 160, "n_heads": 5, "n_kv_heads": 5, "n_layers": 4, "mlp_hi
            "rope_theta": 10000.0}
 STORY_LENGTH = 160  # the longest continuation has some 140 tokens
 POOL = 16  # batches of stories that are drawn together
+AGAIN = 3  # times that they are learned from, with other masks: they are slow to make
+BLOCK = 32  # tokens, of half of the examples: as sampling has them
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
 
@@ -207,19 +209,28 @@ def trapezoids(step: int, steps: int, warmup: int, stage: int = 0, fall: float =
     return min((step + 1) / warmup, 1.0, (steps - step) / (fall * steps))
 
 
-def noised(answers: torch.Tensor, mask_id: int,
-           generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def noised(answers: torch.Tensor, mask_id: int, generator: torch.Generator,
+           block: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers (B, G) -> the same with masks, and each position's weight in LLaDA's own fine-tuning
     loss: t uniform, every answer token masked with probability p = (1 - 1e-3) t + 1e-3, its
     cross-entropy then weighted 1 / p and divided by the answer's length and the batch.
 
     Ours: the t of a batch are one uniform number plus a regular grid, modulo 1, which has the same
-    distribution for each row and less variance for their mean."""
+    distribution for each row and less variance for their mean. With `block`, every second row is
+    what sampling meets in blocks of so many tokens: one of them, before which nothing is masked and
+    behind which everything; its loss is the block's."""
     B, G = answers.shape
     t = (torch.arange(B) / B + torch.rand(1, generator=generator)) % 1                   # (B,)
     p = ((1 - 1e-3) * t + 1e-3)[:, None].expand(B, G)                                    # (B, G)
     masked = torch.rand(B, G, generator=generator) < p
-    masked, weights = move((masked, masked / p / (B * G)), answers.device)
+    weights = masked / p / (B * G)
+    if block:
+        at, second = torch.arange(G) // block, torch.arange(B)[:, None] % 2 == 0     # (G,), (B, 1)
+        own = torch.randint(int(at[-1]) + 1, (B, 1), generator=generator)
+        inside = at == own                                                           # (B, G)
+        masked = torch.where(second, masked & inside | (at > own), masked)
+        weights = torch.where(second, weights * inside * G / inside.sum(1, keepdim=True), weights)
+    masked, weights = move((masked, weights), answers.device)
     return answers.masked_fill(masked, mask_id), weights
 
 
@@ -234,18 +245,20 @@ class Weighted(torch.nn.Module):
     def forward(self, prompts, pad_mask, noisy, answers, weights):
         """The loss: noisy, answers and weights are (B, G) each."""
         pads = None if pad_mask is None else F.pad(pad_mask, (0, noisy.shape[1]))
-        h = self.backbone.hidden(self.backbone.embed(torch.cat([prompts, noisy], 1)), pads)
-        logits = self.backbone.logits(h[:, prompts.shape[1]:]).flatten(0, 1)     # (B * G, V)
-        losses = F.cross_entropy(logits, answers.flatten(), reduction="none")
+        # on a GPU products are taken in bfloat16; a cache of the casts would outlive a CUDA graph
+        with torch.autocast("cuda", torch.bfloat16, noisy.is_cuda, cache_enabled=False):
+            h = self.backbone.hidden(self.backbone.embed(torch.cat([prompts, noisy], 1)), pads)
+            logits = self.backbone.logits(h[:, prompts.shape[1]:]).flatten(0, 1)     # (B * G, V)
+            losses = F.cross_entropy(logits, answers.flatten(), reduction="none")
         return losses @ weights.flatten()
 
 
 def llada_loss(backbone: Backbone, prompts: torch.Tensor, answers: torch.Tensor,
                pad_mask: torch.Tensor | None, generator: torch.Generator,
-               loss: Callable | None = None) -> torch.Tensor:
+               loss: Callable | None = None, block: int = 0) -> torch.Tensor:
     """LLaDA's own fine-tuning loss, see `noised`. loss: what computes it on the backbone's device,
     `Weighted` or its `Graphed`."""
-    noisy, weights = noised(answers, backbone.config.mask_id, generator)
+    noisy, weights = noised(answers, backbone.config.mask_id, generator, block)
     data = move((prompts, pad_mask, noisy, answers, weights), backbone.embedding.weight.device)
     return (loss or Weighted(backbone))(*data)
 
@@ -342,10 +355,10 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def story_batches(tokenizer: Tokenizer, size: int, seed: int, eos_id: int,
                   device: torch.device) -> Callable[[int], Batch]:
-    """batch(step) of stories that are about as long, see `story_pool`."""
+    """batch(step) of stories that are about as long, see `story_pool`, each of them AGAIN times."""
     pool = lru_cache(maxsize=1)(ahead(partial(story_pool, tokenizer, size, seed, eos_id),
                                       lambda index: index + 1, device))
-    return lambda step: pool(step // POOL)[step % POOL]
+    return lambda step: pool(step // (AGAIN * POOL))[step % POOL]
 
 
 def story_pool(tokenizer: Tokenizer, size: int, seed: int, eos_id: int, index: int) -> list[Batch]:
@@ -373,7 +386,6 @@ def story_pool(tokenizer: Tokenizer, size: int, seed: int, eos_id: int, index: i
 def pretrain_stories(args: argparse.Namespace) -> None:
     """Train the model that writes stories from nothing, and write it to `args.out`."""
     device, tokenizer, args.micros = device_of(local_device(args.device)), story_tokenizer(), 1
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     config = Config(**config_fields(build_config(tokenizer, **STORIES)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
     look_nearby(backbone, (-1, 1))
@@ -387,7 +399,7 @@ def pretrain_stories(args: argparse.Namespace) -> None:
     def loss_fn(step: int, micro: int):
         generator = torch.Generator().manual_seed(
             random.Random(f"{args.seed} {step}").getrandbits(60))
-        return llada_loss(backbone, *batch(step), generator, loss), {}
+        return llada_loss(backbone, *batch(step), generator, loss, BLOCK), {}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:

@@ -285,7 +285,7 @@ def test_flops_are_those_that_torch_counts(backbones, family):
         flops, moved = bench.work_of(c, 20 - first, 20, 5, 4)
         assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
         read = sum(p.numel() for p in backbone.parameters()) - c.vocab * c.dim
-        seen = 0 if cache is None else cache.k[..., :first, :].numel() * 2
+        seen = 0 if cache is None else 2 * sum(k[..., :first, :].numel() for k in cache.k)
         assert moved == pytest.approx(4 * (read + seen), rel=0.01)
 
 

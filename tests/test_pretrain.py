@@ -20,10 +20,10 @@ from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
-from studies.pretrain import (COURSES, EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES, SHORT,
-                              SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed, build_config,
+from studies.pretrain import (AGAIN, COURSES, EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES,
+                              SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed, build_config,
                               deepened, fewer_numbers, given_sudoku, llada_loss, look_nearby,
-                              named_halves, puzzle, short_haystack, story_batches,
+                              named_halves, noised, puzzle, short_haystack, story_batches,
                               story_tokenizer, trapezoids, write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
@@ -292,6 +292,27 @@ def test_the_pretraining_loss_is_unbiased(tokenizer):
     assert abs(losses.mean() - expected) < 4 * error < 1  # without 1 / p it would be half
 
 
+@pytest.mark.parametrize("length", [64, 160, 48], ids=lambda n: f"{n} tokens")
+def test_every_second_row_is_one_block_of_what_sampling_meets(length):
+    """Before its block nothing is masked, behind it everything, and only the block counts, with 1
+    of a loss that is 1 everywhere; the other rows are as they are without blocks."""
+    answers, total, seen = torch.zeros(6, length, dtype=torch.long), 0.0, set()
+    for seed in range(300):
+        noisy, weights = noised(answers, 7, seeded(seed), 32)
+        plain, usual = noised(answers, 7, seeded(seed))
+        assert torch.equal(noisy[1::2], plain[1::2]) and torch.equal(weights[1::2], usual[1::2])
+        for row, weight in zip(noisy[::2] == 7, weights[::2]):
+            block = next((b for b in range(0, length, 32) if weight[b:b + 32].any()), None)
+            if block is not None:
+                inside = slice(block, block + 32)
+                seen.add(block)
+                assert not row[:block].any() and row[block + 32:].all()
+                assert torch.equal(weight[inside] > 0, row[inside])
+                assert weight.count_nonzero() == weight[inside].count_nonzero()
+        total += 6 * weights[::2].sum(1)
+    assert seen == {*range(0, length, 32)} and (total / 300 - 1).abs().max() < 0.25
+
+
 # ------------------------------------------------------------------ the commands
 DRAWN = """import random
 from tasks import draw
@@ -407,7 +428,7 @@ def test_batches_of_stories_have_little_padding(words):
     is text, every fourth goes up to the full length, and there are few shapes."""
     task, text, all_, seen, shapes = TASKS["stories"], 0, 0, set(), set()
     batch = story_batches(words, 8, 0, 1, torch.device("cpu"))
-    for step in range(2 * POOL):
+    for step in [*range(POOL), *range(AGAIN * POOL, (AGAIN + 1) * POOL)]:
         prompts, answers, pad = batch(step)
         text += int((answers != 1).sum() + (~pad).sum())
         all_ += answers.numel() + prompts.numel()
@@ -420,7 +441,8 @@ def test_batches_of_stories_have_little_padding(words):
     assert text / all_ > 0.5 and len(seen) == 2 * POOL
     assert all(n % 16 == 0 for shape in shapes for n in shape) and len(shapes) < POOL
     again = story_batches(words, 8, 0, 1, torch.device("cpu"))
-    assert all(torch.equal(*pair) for pair in zip(again(21), batch(21)))
+    for step in (5, 5 + POOL, 5 + (AGAIN - 1) * POOL):
+        assert all(torch.equal(*pair) for pair in zip(again(step), batch(5)))
 
 
 def test_words_of_stories_are_one_token(words):
