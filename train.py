@@ -94,18 +94,18 @@ def unrolled_loss(backbone: Backbone, memory: MetaState | None, ids: torch.Tenso
     over all that are still masked at step k, reveal_k over those revealed at step k; averaged over
     the batch. lam = 0.5, concentration = 1 and that the truth is revealed are our choice.
 
-    ids (B, T), the truth; answer_mask (B, T) True on the answer, one contiguous run in each row (on
-    the CPU nothing waits for it); pad_mask (B, T) True where padded (on the right). memory: a
-    MetaState, a control around it, or None. reveal: which tokens a step reveals, `at_random` or one
-    like it. generator: a CPU generator. figures: filled with dense_1 .. dense_K, scalar tensors.
-    Raises `InputError` for a row with no answer or with an answer in several pieces."""
+    ids (B, T), the truth; answer_mask (B, T) True on the answer, a contiguous run in each row (best
+    on the CPU); pad_mask (B, T) True where padded (on the right). memory: a MetaState, a control
+    around it, or None. reveal: which tokens a step reveals, `at_random` or one like it, whose own
+    .counts may stand for `reveal_counts`. generator: of the CPU. figures: filled with dense_1 ..
+    dense_K, scalar tensors. Raises `InputError` for a row whose answer is none or in pieces."""
     generator = generator or torch.Generator().manual_seed(0)
     length, start = answer_mask.sum(1), answer_mask.int().argmax(1)              # (B,) each
     position = torch.arange(ids.shape[1], device=answer_mask.device)
     run = (position >= start[:, None]) & (position < (start + length)[:, None])
     require(bool((run == answer_mask).all()) and int(length.min()) > 0,
             "every row of answer_mask needs one contiguous run of True")
-    counts = reveal_counts(length, K, concentration, generator)                  # (B, K)
+    counts = getattr(reveal, "counts", reveal_counts)(length, K, concentration, generator)
     most = (length[:, None] - counts.cumsum(1) + counts).amax(0).tolist()  # still masked in a row
     masked, length, start, counts = move((answer_mask, length, start, counts), ids.device)
     total, state = 0.0, memory and memory.initial(len(ids))

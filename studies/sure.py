@@ -27,6 +27,12 @@ def sure(loss: torch.Tensor, count: torch.Tensor, generator: torch.Generator) ->
     return surest | (loss < -torch.log1p(-doubt).to(loss.device))
 
 
+def at_most(length: torch.Tensor, K: int, *_) -> torch.Tensor:
+    """(B,) answer lengths -> (B, K): before the last step none need be revealed."""
+    return length[:, None] * (torch.arange(K) == K - 1)
+
+
+sure.counts = at_most
 REVEALS = {**train.REVEALS, "sure": sure}
 parser = partial(training_parser, __doc__, REVEALS)
 

@@ -172,14 +172,15 @@ KNOWN = set(re.findall(r"\w+", " ".join(KNOWN).lower()))  # every word of every 
 SENTENCES = 6, 9  # of a story, where its plot can do with the fewer
 
 
-def choose_facts(rng: random.Random) -> dict[str, str]:
-    """What stands for every example, also where it begins a sentence."""
-    facts = {example: rng.choice(words) for example, (_, words) in FACTS.items()
-             if example not in ALIKE}
+def choose_facts(rng: random.Random, few: int = 0) -> dict[str, str]:
+    """What stands for every example, also where it begins a sentence; of each only `few` words."""
+    known = {example: words[::max(1, len(words) // few)] if few else words
+             for example, (_, words) in FACTS.items()}
+    facts = {example: rng.choice(words) for example, words in known.items() if example not in ALIKE}
     facts |= {example: facts[like] for example, like in ALIKE.items()}
     for one, two in DIFFERENT.items():
         while facts[one] == facts[two]:
-            facts[one] = rng.choice(FACTS[one][1])
+            facts[one] = rng.choice(known[one])
     for example, (who, *words) in PRONOUNS.items():
         facts[example] = words[facts[who] in GIRLS]
     return facts | {capital(example): capital(word) for example, word in facts.items()}
@@ -191,9 +192,9 @@ def fill(text: str, rng: random.Random, facts: dict[str, str]) -> str:
     return text.format_map(facts)
 
 
-def tell(rng: random.Random) -> list[str]:
+def tell(rng: random.Random, few: int = 0) -> list[str]:
     """The sentences of a story. One without an opening begins with the hero's name."""
-    facts, stages = choose_facts(rng), rng.choice(list(PLOTS.values()))[1:]
+    facts, stages = choose_facts(rng, few), rng.choice(list(PLOTS.values()))[1:]
     story = [fill(rng.choice(stage), rng, facts) for stage in stages]
     while not story[0] and facts["Tom"] not in story[1]:
         story[0] = fill(rng.choice(OPEN), rng, facts)
@@ -219,15 +220,16 @@ def mumble(rng: random.Random, story: list[str]) -> str:
 
 class Stories:
     """The beginning of a story and the rest of it. `outside` is the share of beginnings that no
-    story has: the rest says so, and tells another. The split is by hero, colour and thing."""
+    story has: the rest says so, and tells another. few: as `choose_facts` has it, all if 0. The
+    split is by hero, colour and thing."""
 
     continues = True  # its answers go on where the prompt stops
 
-    def __init__(self, outside: float = 0.1):
-        self.outside = outside
+    def __init__(self, outside: float = 0.1, few: int = 0):
+        self.outside, self.few = outside, few
 
     def make(self, rng):
-        story = tell(rng)
+        story = tell(rng, self.few)
         text, outside, number = " ".join(story), rng.random() < self.outside, rng.choice([1, 1, 2])
         preface = " ".join(mumble(rng, story) for _ in range(number * outside))
         if outside:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import DATA, MASK_ID, awake, one_prompt, prompts_of
 from torch._guards import CompileContext
 
-from model import Cache, load
+from model import Backbone, Cache, load, rope
 from sample import denoise, generate
 from train import unrolled_loss
 
@@ -81,7 +82,7 @@ def test_every_shape_is_compiled_for_at_once(compiled, steps, losses):
     """Any mix of lengths from 64 to 4,096 and batches from 1 to 16, with and without padding,
     memory, cache and checkpointing gives what it gives uncompiled, from at most three graphs per
     function and grad mode (one for a single sequence, one for several), and never meets the limit
-    of recompilations, behind which torch goes on without compiling. Functions are a block, six
+    of recompilations, behind which torch goes on without compiling. Functions are the blocks, six
     times, and the memory's three parts; most shapes come with `make faults` only, for tracing is
     slow."""
     plain, other, graphs = compiled
@@ -96,3 +97,23 @@ def test_every_shape_is_compiled_for_at_once(compiled, steps, losses):
                        generate(same, one_prompt(), memory=again, **options).ids)
     functions = {function for function, _ in graphs}
     assert len(functions) == 9 and max(graphs.values()) <= 3
+
+
+@pytest.mark.parametrize("layers", [8, 6, 5])
+def test_blocks_are_compiled_some_at_a_time(backbone, layers):
+    """Four at a time, or what divides their number: the first ones' code serves all, and they give
+    what block after block gives."""
+    found = []
+    deep = Backbone(replace(backbone.config, layers=layers)).initialise(
+        torch.Generator().manual_seed(0)).requires_grad_(False)
+    e = torch.randn(1, 7, backbone.config.dim)
+    angles, expected = rope(deep.config, torch.arange(7), e.dtype), e
+    for block in deep.blocks:
+        expected = block(expected, angles)
+    eager = deep.hidden(e)
+    torch._dynamo.reset()
+    deep.compile(backend=lambda graph, inputs: found.append(graph) or graph.forward)
+    for hidden in (eager, deep.hidden(e)):
+        torch.testing.assert_close(hidden, deep.norm(expected))
+    torch._dynamo.reset()
+    assert len(found) == 1

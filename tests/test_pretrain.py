@@ -2,6 +2,7 @@
 pretraining loss, and the commands."""
 from __future__ import annotations
 
+import collections
 import json
 import os
 import random
@@ -20,13 +21,16 @@ from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
-from studies.pretrain import (AGAIN, COURSES, EASIER, FIRST, GEN_LENGTH, OFFSETS, POOL, PUZZLES,
-                              SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed, build_config,
-                              deepened, fewer_numbers, given_sudoku, llada_loss, look_nearby,
-                              named_halves, noised, puzzle, short_haystack, story_batches,
-                              story_tokenizer, trapezoids, write_folder)
+from studies.pretrain import (AGAIN, COURSES, EASIER, FIRST, GEN_LENGTH, LESSONS, OFFSETS, POOL,
+                              PUZZLES, SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed,
+                              build_config, deepened, excerpts, fewer_numbers, given_sudoku,
+                              llada_loss, look_nearby, named_halves, noised, puzzle,
+                              short_haystack, story_batches, story_tokenizer, trapezoids,
+                              write_folder)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
+from tasks.sentences import DIFFERENT, FACTS
+from tasks.stories import SENTENCE, choose_facts
 from train import fit
 
 
@@ -313,6 +317,20 @@ def test_every_second_row_is_one_block_of_what_sampling_meets(length):
     assert seen == {*range(0, length, 32)} and (total / 300 - 1).abs().max() < 0.25
 
 
+def test_masks_among_some_tokens(tokenizer):
+    """Nothing else is masked or counted; at least a half, or all; a row without any counts 0."""
+    answers, among = torch.zeros(4, 30, dtype=torch.long), torch.arange(30).expand(4, 30) % 3 == 0
+    among = among & (torch.arange(4) < 3)[:, None]
+    shares = []
+    for seed in range(200):
+        noisy, weights = noised(answers, 7, seeded(seed), among=among, least=0.5)
+        assert torch.equal(noisy == 7, weights > 0) and not ((noisy == 7) & ~among).any()
+        shares.append(weights.sum(1) * 4)
+    assert (torch.stack(shares).mean(0) - torch.tensor([1., 1, 1, 0])).abs().max() < 0.15
+    noisy, weights = noised(answers, 7, seeded(), among=among, least=1.0)
+    assert torch.equal(noisy == 7, among) and weights.sum() == pytest.approx(0.75)
+
+
 # ------------------------------------------------------------------ the commands
 DRAWN = """import random
 from tasks import draw
@@ -453,6 +471,56 @@ def test_words_of_stories_are_one_token(words):
     lengths = [len(words.encode(story)) for story in stories]
     assert 60 <= min(lengths) and max(lengths) <= STORY_LENGTH + 20
     assert sum(lengths) < 1.1 * sum(len(re.findall(r"\w+|[^\w\s]+", text)) for text in stories)
+
+
+@pytest.mark.parametrize("about", LESSONS)
+def test_excerpts_are_what_stories_say_about_a_thing(words, about):
+    """Every sentence names one of few words, in prompt and answer, and what is masked in a lesson
+    are the answer's."""
+    (prompts, answers, pad), ends = excerpts(words, random.Random(0), 6, about, 2, 1)
+    said = set()
+    for i in range(6):
+        prompt, answer = (words.decode(ids[i], True) for ids in (prompts, answers))
+        sentences = SENTENCE.split(prompt + answer)
+        found = [re.findall(rf"\b({'|'.join(FACTS[about][1])})\b", s) for s in sentences]
+        assert len(sentences) > 1 and all(found)
+        said.update(*found)
+        told = [word.split()[-1] for names in found[1:] for word in names]
+        masked = words.decode(answers[i][torch.isin(answers[i], ends)], True)
+        assert masked.split() == told
+    assert len(said) <= 3
+
+
+def test_stories_of_few_words():
+    """Of everything at most three words, and who has to differ differs."""
+    rng, seen = random.Random(0), collections.defaultdict(set)
+    for _ in range(300):
+        facts = choose_facts(rng, 2)
+        assert all(facts[one] != facts[two] for one, two in DIFFERENT.items())
+        for example in FACTS:
+            seen[example].add(facts[example])
+    assert max(map(len, seen.values())) <= 3 and min(map(len, seen.values())) == 2
+
+
+def test_lessons_come_first_where_stories_go_on(few, words, tmp_path, monkeypatch):
+    """From another's weights: lessons in their order, then stories and now and then an excerpt of
+    all words, and a checkpoint in the end."""
+    asked, drawn = [], pretrain.excerpts
+    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
+    monkeypatch.setattr(pretrain, "LESSON", 1)
+    monkeypatch.setattr(pretrain, "excerpts", lambda tokenizer, rng, size, about, few, eos_id: (
+        asked.append((about, few, size)) or drawn(tokenizer, rng, size, about, few, eos_id)))
+    begun = tmp_path / "begun"
+    backbone = fresh(words, **pretrain.STORIES)
+    write_folder(backbone, words, begun, ["stories"], STORY_LENGTH, **pretrain.STORIES)
+    assert pretrain.main(["stories", "--from", str(begun), "--out", str(tmp_path / "out"),
+                          "--steps", "9", "--batch-size", "1", "--lr", "1e-9",
+                          "--device", "cpu"]) == 0
+    assert asked[:12] == [(about, 2, 2) for about in LESSONS for _ in range(2)]
+    assert [few for _, few, _ in asked[12:]] == [0, 0]  # of update 8
+    after, _ = load(tmp_path / "out", "cpu")
+    torch.testing.assert_close(after.state_dict(), backbone.state_dict(), atol=1e-6, rtol=1e-6)
 
 
 def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from lib.run import Run
 from metastate import Cut, MetaState, Reset
 from model import Backbone, Config, load
 from sample import generate
+from studies.sure import sure
 from train import at_random, cosine, fit, reveal_counts, surest, token_losses, unrolled_loss
 
 
@@ -160,11 +161,12 @@ class Recorded:
     """A reveal that keeps what it is asked and what it answers, step by step."""
 
     def __init__(self, reveal: Callable = at_random):
-        self.reveal, self.losses, self.counts, self.revealed = reveal, [], [], []
+        self.reveal, self.losses, self.numbers, self.revealed = reveal, [], [], []
+        self.counts = getattr(reveal, "counts", reveal_counts)
 
     def __call__(self, loss, count, generator):
         self.losses.append(loss)
-        self.counts.append(count)
+        self.numbers.append(count)
         self.revealed.append(self.reveal(loss, count, generator))
         return self.revealed[-1]
 
@@ -216,7 +218,8 @@ def grads_of(memory: MetaState, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("options, reset", [
     (dict(), False), (dict(), True), (dict(K=2, lam=0.0, concentration=5.0), False),
-    (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False)])
+    (dict(K=5, lam=1.0, concentration=0.3), True), (dict(K=5, reveal=surest), False),
+    (dict(K=5, reveal=sure), False)])
 def test_the_loss_is_the_slow_one(shallow, options, reset):
     """Masks, the clock, weights, both means, Dream's shift, prompts and answers of several lengths
     with padding behind, the control without memory: loss and gradients are those of a loop over
@@ -252,7 +255,7 @@ def test_what_a_reveal_is_asked(shallow):
             assert row == pytest.approx(expected + behind, rel=1e-4)
     lengths = torch.tensor([len(answer) for _, answer in rows])
     counts = reveal_counts(lengths, 3, 2.0, seeded(4))
-    assert torch.equal(torch.stack(asked.counts, 1), counts[:, :len(asked.counts)])
+    assert torch.equal(torch.stack(asked.numbers, 1), counts[:, :len(asked.numbers)])
 
 
 @pytest.mark.parametrize("K", [1, 3, 6])
@@ -300,7 +303,7 @@ def test_steps_that_reveal_nothing(shallow):
     """Far more steps than tokens: loss and gradients are finite, and those of the slow loop."""
     memory, rows, asked = awake(shallow), examples(((4, 2), (3, 1), (5, 3))), Recorded()
     loss = loss_of(shallow, memory, rows, K=8, concentration=0.2, reveal=asked)
-    assert all((torch.stack(asked.counts) == 0).any(0))
+    assert all((torch.stack(asked.numbers) == 0).any(0))
     grads = grads_of(memory, loss)
     assert all(torch.isfinite(g).all() for g in grads.values())
     slow = slow_loss(shallow, memory, rows, asked.revealed).loss
