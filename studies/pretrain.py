@@ -110,9 +110,9 @@ AGAIN = 3  # times that they are learned from, with other masks: they are slow t
 BLOCK = 32  # tokens, of half of the examples: as sampling has them
 # What a model of stories is taught one by one, LESSON updates each, when it goes on from another's
 # weights: to say again where something was, and not what it must not be. Of whole stories it had
-# not learned the first of these in 14,281 updates; so it does in a hundred.
+# not learned the first of these in 14,281 updates.
 LESSONS = ("the park", "red", "Tom", "friend", "grandmother", "under the bench")
-LESSON = 100
+LESSON = 60
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>")
 
@@ -428,10 +428,9 @@ def pretrain_stories(args: argparse.Namespace) -> None:
     def loss_fn(step: int, micro: int):
         rng = random.Random(f"{args.seed} {step}" + f" {micro}" * (micro > 0))
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        lesson = step // LESSON
-        if args.begun and (lesson < len(LESSONS) or step % 4 == 0):
-            new = lesson < len(LESSONS)
-            about = LESSONS[lesson] if new else rng.choice(LESSONS)
+        new = step < LESSON * len(LESSONS)
+        if args.begun and micro == 0 and (new or step % 2 == 0):  # the other half are stories
+            about = LESSONS[step // LESSON] if new else rng.choice(LESSONS)
             data, ends = excerpts(tokenizer, rng, 2 * args.batch_size, about, 2 * new,
                                   config.eos_id)
             return llada_loss(backbone, *data, generator, among=torch.isin(data[1], ends),
