@@ -110,7 +110,7 @@ AGAIN = 3  # times that they are learned from, with other masks: they are slow t
 BLOCK = 32  # tokens, of half of the examples: as sampling has them
 # What a model of stories is taught one by one, LESSON updates each, when it goes on from another's
 # weights: to say again where something was, and not what it must not be. Of whole stories it had
-# not learned the first of these in 14,281 updates.
+# not learned the first of these in 14,281 updates. Ours.
 LESSONS = ("the park", "red", "Tom", "friend", "grandmother", "under the bench")
 LESSON = 60
 OFFSETS = (-2, 2, -4, 4)  # where the first layer's first heads look at the start; see look_nearby

@@ -27,12 +27,13 @@ def sure(loss: torch.Tensor, count: torch.Tensor, generator: torch.Generator) ->
     return surest | (loss < -torch.log1p(-doubt).to(loss.device))
 
 
-def at_most(length: torch.Tensor, K: int, *_) -> torch.Tensor:
-    """(B,) answer lengths -> (B, K): before the last step none need be revealed."""
+def all_at_the_end(length: torch.Tensor, K: int, *_) -> torch.Tensor:
+    """(B,) answer lengths -> (B, K): the most that may still be masked at a step is all, for what
+    `sure` reveals is known only then."""
     return length[:, None] * (torch.arange(K) == K - 1)
 
 
-sure.counts = at_most
+sure.counts = all_at_the_end
 REVEALS = {**train.REVEALS, "sure": sure}
 parser = partial(training_parser, __doc__, REVEALS)
 
