@@ -36,6 +36,7 @@ from lib.data import left_pad
 from lib.files import to_json
 from lib.hub import find, stated
 from lib.live import answer_text
+from lib.memories import rounded
 from lib.plans import plans
 from lib.progress import progress, slow
 from lib.run import local_device
@@ -195,13 +196,13 @@ def speed(args: argparse.Namespace) -> None:
     timings, generator = Timings(clock, flops, copied), torch.Generator().manual_seed(args.seed)
     for batch in args.batches:
         timings.suffix = f", batch {batch}" if batch > 1 else ""
-        prompt = random_ids(backbone, args.prompt, generator, batch)
+        prompt, memory = random_ids(backbone, args.prompt, generator, batch), rounded(memory, dtype)
         time_generations(timings, backbone, memory, prompt, args)
         for length in args.lengths:
             time_steps(timings, backbone, memory, random_ids(backbone, length, generator, batch),
                        args.block)
         if args.train:
-            time_training(timings, backbone, memory,
+            time_training(timings, backbone, memory.float(),
                           random_ids(backbone, args.train, generator, batch))
     result = loaded + timings.rows[0]["first"]
     print(f"\nfrom nothing to the first whole result {result:.1f} s, {loaded:.1f} of them loading; "

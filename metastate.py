@@ -232,9 +232,9 @@ class MetaState(nn.Module):
         save_memory(path, self, self.fingerprint)
 
     @staticmethod
-    def load(path: str | Path, backbone) -> MetaState:
-        """The memory of a file, frozen, of the class that it names. Raises `InputError`."""
-        return load_memory(path, backbone)
+    def load(path: str | Path, backbone, frozen: bool = True) -> MetaState:
+        """A file's memory, of the class that it names, see `load_memory`. Raises `InputError`."""
+        return load_memory(path, backbone, frozen)
 
 
 # ------------------------------------------------------------------ controls (ours)

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     memory = new_memory(args.memory, backbone, args.seed, slots=args.slots, width=args.width,
                         time=not args.no_time, local=not args.no_local).to(device)
     if args.init:
-        memory = MetaState.load(args.init, backbone).requires_grad_(True).train()
+        memory = MetaState.load(args.init, backbone, frozen=False)
     compile_on(device, args.compile, backbone, memory)
     trained = Reset(memory) if args.reset else Cut(memory) if args.cut else memory
     tokenizer = needed(tokenizer or stand_in(args.ckpt, c.vocab), args.ckpt)

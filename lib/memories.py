@@ -78,10 +78,20 @@ def save_memory(path: str | Path, memory: nn.Module, fingerprint: str) -> None:
         "backbone": fingerprint})
 
 
-def load_memory(path: str | Path, backbone) -> nn.Module:
-    """A frozen memory in eval mode on the backbone's device, of the class that its file names.
-    Raises `InputError` when the file is missing or broken, of another format, or belongs to another
-    backbone; a note says when its class has been changed since."""
+def rounded(memory: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The memory with the weights of its linear layers in a backbone's 16 bits, in which `denoise`
+    multiplies: rounded once and not at every step, to the same numbers. Not for training."""
+    for module in memory.modules():
+        if isinstance(module, nn.Linear) and dtype.itemsize == 2:
+            module.to(dtype)
+    return memory
+
+
+def load_memory(path: str | Path, backbone, frozen: bool = True) -> nn.Module:
+    """A memory on the backbone's device, of the class that its file names: frozen and in eval mode,
+    a MetaState `rounded`, or to be trained. Raises `InputError` when the file is missing or broken,
+    of another format, or belongs to another backbone; a note says when its class has been changed
+    since."""
     try:
         tensors, stated = read_tensors(path)
         require(stated.get("format", FORMAT) == FORMAT, f"format {stated.get('format')!r}")
@@ -99,4 +109,6 @@ def load_memory(path: str | Path, backbone) -> nn.Module:
     if stated.get("code") not in (None, identity.of_modules(memory)):
         note(f"{path} was made by other code of {name} than there is now, and may not do what it "
              "did")
-    return memory.to(backbone.embedding.weight.device).eval().requires_grad_(False)
+    if frozen and name == USUAL:
+        memory = rounded(memory, dtype_of(backbone))
+    return memory.to(backbone.embedding.weight.device).train(not frozen).requires_grad_(not frozen)

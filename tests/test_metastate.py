@@ -569,6 +569,27 @@ def test_a_file_that_is_missing(backbone, tmp_path):
         assert str(path) in str(caught.value)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_frozen_memory_is_rounded_once(family, dtype, tmp_path):
+    """Its matrices are in the backbone's 16 bits, in which every step would multiply them: the same
+    hidden states and memory, bit for bit. One that is to be trained keeps its float32."""
+    backbone, (ids, where) = load(DATA / family, "cpu", dtype)[0], masked_answer(rows=2)
+    memory, path, made = awake(backbone), tmp_path / "memory.safetensors", []
+    memory.save(path)
+    frozen, trained = MetaState.load(path, backbone), MetaState.load(path, backbone, frozen=False)
+    assert frozen.mixer.attention.kv.weight.dtype == backbone.embedding.weight.dtype
+    assert frozen.identity.dtype == trained.mixer.attention.kv.weight.dtype == torch.float32
+    for one in (memory, frozen, trained):
+        state = one.initial(2)
+        for _ in range(2):
+            h, state = denoise(backbone, ids, where, memory=one, state=state, span=SPAN)
+        made.append((h, state))
+    assert all(torch.equal(x, y) for other in made[1:] for x, y in zip(made[0], other))
+    assert all(p.requires_grad for p in trained.parameters()) and trained.training
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+
+
 @pytest.mark.parametrize("keep", [0.0, 1e-3, 0.5, 0.999])
 def test_a_file_that_is_cut_short(backbone, tmp_path, keep):
     """A download that broke off."""

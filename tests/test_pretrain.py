@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, metrics_of, seeded
 from safetensors.torch import load_file
 
@@ -21,10 +23,10 @@ from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
 from studies import pretrain
-from studies.pretrain import (AGAIN, COURSES, EASIER, FIRST, GEN_LENGTH, LESSONS, OFFSETS, POOL,
-                              PUZZLES, SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH, Graphed,
-                              build_config, deepened, excerpts, fewer_numbers, given_sudoku,
-                              llada_loss, look_nearby, named_halves, noised, puzzle,
+from studies.pretrain import (AGAIN, CONTRASTS, COURSES, EASIER, FIRST, GEN_LENGTH, LESSONS,
+                              OFFSETS, POOL, PUZZLES, SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH,
+                              Graphed, build_config, contrast, deepened, excerpts, fewer_numbers,
+                              given_sudoku, llada_loss, look_nearby, named_halves, noised, puzzle,
                               short_haystack, story_batches, story_tokenizer, trapezoids,
                               write_folder)
 from tasks import TASKS, draw, is_held_out
@@ -477,7 +479,7 @@ def test_words_of_stories_are_one_token(words):
 def test_excerpts_are_what_stories_say_about_a_thing(words, about):
     """Every sentence names one of few words, in prompt and answer, and what is masked in a lesson
     are the answer's."""
-    (prompts, answers, pad), ends = excerpts(words, random.Random(0), 6, about, 2, 1)
+    (prompts, answers, pad), ends = excerpts(words, random.Random(0), 6, about, 1, few=2)
     said = set()
     for i in range(6):
         prompt, answer = (words.decode(ids[i], True) for ids in (prompts, answers))
@@ -489,6 +491,36 @@ def test_excerpts_are_what_stories_say_about_a_thing(words, about):
         masked = words.decode(answers[i][torch.isin(answers[i], ends)], True)
         assert masked.split() == told
     assert len(said) <= 3
+
+
+@pytest.mark.parametrize("about", CONTRASTS)
+def test_a_contrast_is_the_slow_one(words, about, monkeypatch):
+    """Every second row shows one word of the two, and its loss asks for all others alike; the rest
+    asks for the words, each against the other one."""
+    (prompts, answers, pad), ends = excerpts(words, random.Random(0), 6, about, 1, least=2)
+    backbone, seen = fresh(words, **STORIES), []
+    mask_id, embed, among = backbone.config.mask_id, backbone.embed, ends.tolist()
+    monkeypatch.setattr(backbone, "embed", lambda ids: seen.append(ids) or embed(ids))
+    loss = contrast(backbone, prompts, answers, pad, ends, seeded())
+    logits = backbone(seen[0], None if pad is None else F.pad(pad, (0, answers.shape[1])))
+    rows, hidden = [], 0
+    for i in range(6):
+        shown, truth = seen[0][i].tolist(), torch.cat([prompts[i], answers[i]]).tolist()
+        one, *_, = [token for token in truth if token in among]
+        two = next(token for token in truth if token in among and token != one)
+        losses = []
+        for at in [at for at, token in enumerate(shown) if token == mask_id]:
+            z, token = logits[i, at], truth[at]
+            assert token in among
+            unknown = token == two and i % 2 == 0
+            hidden += unknown
+            may_be = [x for x in among if x != one] if unknown else [token]
+            wrong = two if token == one else one
+            losses.append(-z.log_softmax(0)[may_be].mean() - F.logsigmoid(
+                z[may_be].logsumexp(0) - math.log(len(may_be)) - z[wrong]))
+        assert i % 2 or two not in shown
+        rows.append(sum(losses) / max(1, len(losses)))
+    assert torch.allclose(loss, sum(rows) / 6, rtol=1e-5) and hidden >= 3
 
 
 def test_stories_of_few_words():
@@ -503,22 +535,24 @@ def test_stories_of_few_words():
 
 
 def test_lessons_come_first_where_stories_go_on(few, words, tmp_path, monkeypatch):
-    """From another's weights: lessons in their order, then stories and now and then an excerpt of
-    all words, and a checkpoint in the end."""
+    """From another's weights: look-ups and contrasts in their order, then both in turns of all
+    words, beside stories, and a checkpoint in the end."""
     asked, drawn = [], pretrain.excerpts
     monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
     monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
     monkeypatch.setattr(pretrain, "LESSON", 1)
-    monkeypatch.setattr(pretrain, "excerpts", lambda tokenizer, rng, size, about, few, eos_id: (
-        asked.append((about, few, size)) or drawn(tokenizer, rng, size, about, few, eos_id)))
+    monkeypatch.setattr(pretrain, "CONTRAST", 1)
+    monkeypatch.setattr(pretrain, "excerpts", lambda tokenizer, rng, size, about, eos_id, *which: (
+        asked.append((about, size, *which)) or drawn(tokenizer, rng, size, about, eos_id, *which)))
     begun = tmp_path / "begun"
     backbone = fresh(words, **pretrain.STORIES)
     write_folder(backbone, words, begun, ["stories"], STORY_LENGTH, **pretrain.STORIES)
     assert pretrain.main(["stories", "--from", str(begun), "--out", str(tmp_path / "out"),
-                          "--steps", "9", "--batch-size", "1", "--lr", "1e-9",
+                          "--steps", "11", "--batch-size", "1", "--lr", "1e-9",
                           "--device", "cpu"]) == 0
-    assert asked[:6] == [(about, 2, 2) for about in LESSONS]
-    assert [few for _, few, _ in asked[6:]] == [0, 0]  # of updates 6 and 8
+    assert asked[:6] == [(about, 2, 2, 1) for about in LESSONS]
+    assert asked[6:9] == [(about, 1, 0, 2) for about in CONTRASTS]
+    assert [which for _, *which in asked[9:]] == [[1, 0, 2], [2, 0, 1]]
     after, _ = load(tmp_path / "out", "cpu")
     torch.testing.assert_close(after.state_dict(), backbone.state_dict(), atol=1e-6, rtol=1e-6)
 
