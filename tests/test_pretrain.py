@@ -548,13 +548,32 @@ def test_lessons_come_first_where_stories_go_on(few, words, tmp_path, monkeypatc
     backbone = fresh(words, **pretrain.STORIES)
     write_folder(backbone, words, begun, ["stories"], STORY_LENGTH, **pretrain.STORIES)
     assert pretrain.main(["stories", "--from", str(begun), "--out", str(tmp_path / "out"),
-                          "--steps", "11", "--batch-size", "1", "--lr", "1e-9",
+                          "--lessons", "--steps", "11", "--batch-size", "1", "--lr", "1e-9",
                           "--device", "cpu"]) == 0
     assert asked[:6] == [(about, 2, 2, 1) for about in LESSONS]
     assert asked[6:9] == [(about, 1, 0, 2) for about in CONTRASTS]
     assert [which for _, *which in asked[9:]] == [[1, 0, 2], [2, 0, 1]]
     after, _ = load(tmp_path / "out", "cpu")
     torch.testing.assert_close(after.state_dict(), backbone.state_dict(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_mean_of_weights_is_written(few, words, tmp_path, monkeypatch):
+    """Of those that a run from others' weights passed through in its later half, and the last."""
+    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
+    monkeypatch.setattr(pretrain, "KEEP", 2)
+    write_folder(fresh(words, **STORIES), words, tmp_path / "begun", ["stories"], STORY_LENGTH,
+                 **STORIES)
+    out = tmp_path / "out"
+    assert pretrain.main(["stories", "--from", str(tmp_path / "begun"), "--out", str(out),
+                          "--steps", "5", "--batch-size", "1", "--device", "cpu"]) == 0
+    files = [out / "pretraining" / "weights" / "4.safetensors",
+             out / "pretraining" / "training.safetensors"]
+    assert [*files[0].parent.iterdir()] == files[:1]
+    passed, last = map(load_file, files)
+    for name, p in load(out, "cpu")[0].named_parameters():
+        assert torch.allclose(p, (passed[name] + last[f"weight.{name}"]) / 2)
+        assert not torch.equal(passed[name], last[f"weight.{name}"])
 
 
 def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):
