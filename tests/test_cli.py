@@ -250,23 +250,24 @@ for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except Asked:
-        print(name, os.environ.pop("OMP_WAIT_POLICY", None))
+        print(name, *(os.environ.pop(setting, None) for setting in ("OMP_WAIT_POLICY", "MKL_CBWR")))
     for known in [*sys.modules]:
         if known.split(".")[0] in ("lib", "model", "sample", "train", "bench", "studies", "tasks"):
             del sys.modules[known]
 """
 
 
-def test_threads_that_wait_sleep():
+def test_threads_sleep_and_share():
     """Every command says so before torch starts its threads, or two of them on a busy core spin and
     wait for each other, twenty times as long; what the user has said stays."""
     names = ["sample", "train", "bench", *(f"studies.{path.stem}" for path in
                                            sorted((ROOT / "studies").glob("[!_]*.py")))]
     asked = {}
     for given in (None, "ACTIVE"):
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        env |= {"OMP_WAIT_POLICY": given} if given else {}
+        env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "MKL_CBWR")}
+        env |= {"OMP_WAIT_POLICY": given, "MKL_CBWR": "AVX2"} if given else {}
         done = subprocess.run([sys.executable, "-c", ASK, *names[:1 if given else None]], env=env,
                               cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
         asked[given] = [line.split() for line in done.stdout.splitlines()]
-    assert asked == {None: [[name, "PASSIVE"] for name in names], "ACTIVE": [["sample", "ACTIVE"]]}
+    assert asked == {None: [[name, "PASSIVE", "AUTO"] for name in names],
+                     "ACTIVE": [["sample", "ACTIVE", "AVX2"]]}
