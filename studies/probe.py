@@ -45,7 +45,7 @@ from lib.tokenizer import Tokenizer, needed
 from metastate import MetaState
 from model import Backbone, Config, load
 from sample import denoise, generate
-from studies.pretrain import llada_loss
+from studies.small import llada_loss
 from tasks import TASKS, draw
 from train import fit, unrolled_loss
 

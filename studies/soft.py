@@ -29,7 +29,7 @@ from lib.memories import save_memory
 from lib.options import run_settings
 from lib.run import local_device, processes
 from model import Backbone, Config, load, save
-from studies.pretrain import examples, noised, training_options, trapezoids
+from studies.small import examples, noised, training_options, trapezoids
 from tasks import find_task
 from train import fit
 

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ from lib.hub import CHECKPOINTS, stated
 from lib.published import config_fields
 from lib.tokenizer import Tokenizer
 from model import Backbone, Config, load, rotate
-from studies import pretrain
-from studies.pretrain import (AGAIN, CONTRASTS, COURSES, EASIER, FIRST, GEN_LENGTH, LESSONS,
-                              OFFSETS, POOL, PUZZLES, SHORT, SPECIAL, STAGE, STORIES, STORY_LENGTH,
-                              Graphed, build_config, contrast, deepened, excerpts, fewer_numbers,
-                              given_sudoku, llada_loss, look_nearby, named_halves, noised, puzzle,
-                              short_haystack, story_batches, story_tokenizer, trapezoids,
-                              write_folder)
+from studies import pretrain, stories
+from studies.pretrain import (COURSES, EASIER, FIRST, OFFSETS, PUZZLES, SHORT, STAGE, deepened,
+                              fewer_numbers, given_sudoku, named_halves, puzzle, short_haystack)
+from studies.small import (CONFIG, GEN_LENGTH, SPECIAL, Graphed, build_config, examples,
+                           llada_loss, look_nearby, noised, trapezoids, write_folder)
+from studies.stories import (AGAIN, CONTRASTS, LESSONS, POOL, STORIES, STORY_LENGTH, contrast,
+                             excerpts, story_batches, story_tokenizer)
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from tasks.sentences import DIFFERENT, FACTS
@@ -379,7 +380,7 @@ def test_arguments_that_make_no_sense(argv, words, capsys, tmp_path, monkeypatch
 @pytest.fixture
 def few(monkeypatch):
     """Batches of at most 8, in place of the 256 that are held out."""
-    drawn = pretrain.examples
+    drawn = examples
     monkeypatch.setattr(pretrain, "examples", lambda task, tokenizer, rng, size, *rest:
                         drawn(task, tokenizer, rng, min(size, 8), *rest))
 
@@ -387,7 +388,7 @@ def few(monkeypatch):
 def test_pretraining_writes_a_checkpoint_that_loads(few, tmp_path, monkeypatch, capsys):
     """Two updates from nothing: the folder is whole, the weights moved, and the loss of every task
     is in the metrics."""
-    monkeypatch.setitem(pretrain.CONFIG, "n_layers", 1)
+    monkeypatch.setitem(CONFIG, "n_layers", 1)
     out = tmp_path / "ckpt"
     assert pretrain.main(["tiny", "--out", str(out), "--steps", "2", "--batch-size", "1",
                           "--device", "cpu"]) == 0
@@ -535,33 +536,36 @@ def test_stories_of_few_words():
 
 
 def test_lessons_come_first_where_stories_go_on(few, words, tmp_path, monkeypatch):
-    """From another's weights: look-ups and contrasts in their order, then both in turns of all
-    words, beside stories, and a checkpoint in the end."""
-    asked, drawn = [], pretrain.excerpts
-    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
-    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
-    monkeypatch.setattr(pretrain, "LESSON", 1)
-    monkeypatch.setattr(pretrain, "CONTRAST", 1)
-    monkeypatch.setattr(pretrain, "excerpts", lambda tokenizer, rng, size, about, eos_id, *which: (
+    """From the mean of two's weights: look-ups and contrasts in their order, then both in turns of
+    all words, beside stories, and a checkpoint in the end."""
+    asked, drawn = [], excerpts
+    monkeypatch.setattr(stories, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(STORIES, "n_layers", 1)
+    monkeypatch.setattr(stories, "LESSON", 1)
+    monkeypatch.setattr(stories, "CONTRAST", 1)
+    monkeypatch.setattr(stories, "excerpts", lambda tokenizer, rng, size, about, eos_id, *which: (
         asked.append((about, size, *which)) or drawn(tokenizer, rng, size, about, eos_id, *which)))
-    begun = tmp_path / "begun"
-    backbone = fresh(words, **pretrain.STORIES)
-    write_folder(backbone, words, begun, ["stories"], STORY_LENGTH, **pretrain.STORIES)
-    assert pretrain.main(["stories", "--from", str(begun), "--out", str(tmp_path / "out"),
+    backbone, begun = fresh(words, **STORIES), [str(tmp_path / name) for name in ("one", "two")]
+    for folder, share in zip(begun, (1.5, 1 / 3)):  # 1.5 times, then half
+        for p in backbone.parameters():
+            p.data *= share
+        write_folder(backbone, words, Path(folder), ["stories"], STORY_LENGTH, **STORIES)
+    assert pretrain.main(["stories", "--from", *begun, "--out", str(tmp_path / "out"),
                           "--lessons", "--steps", "11", "--batch-size", "1", "--lr", "1e-9",
                           "--device", "cpu"]) == 0
     assert asked[:6] == [(about, 2, 2, 1) for about in LESSONS]
     assert asked[6:9] == [(about, 1, 0, 2) for about in CONTRASTS]
     assert [which for _, *which in asked[9:]] == [[1, 0, 2], [2, 0, 1]]
     after, _ = load(tmp_path / "out", "cpu")
-    torch.testing.assert_close(after.state_dict(), backbone.state_dict(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(after.state_dict(), fresh(words, **STORIES).state_dict(), atol=1e-6,
+                               rtol=1e-6)
 
 
 def test_a_mean_of_weights_is_written(few, words, tmp_path, monkeypatch):
     """Of those that a run from others' weights passed through in its later half, and the last."""
-    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
-    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
-    monkeypatch.setattr(pretrain, "KEEP", 2)
+    monkeypatch.setattr(stories, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(STORIES, "n_layers", 1)
+    monkeypatch.setattr(stories, "KEEP", 2)
     write_folder(fresh(words, **STORIES), words, tmp_path / "begun", ["stories"], STORY_LENGTH,
                  **STORIES)
     out = tmp_path / "out"
@@ -578,8 +582,8 @@ def test_a_mean_of_weights_is_written(few, words, tmp_path, monkeypatch):
 
 def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):
     """Two updates write a checkpoint that states its task and its length."""
-    monkeypatch.setattr(pretrain, "story_tokenizer", lambda: words)
-    monkeypatch.setitem(pretrain.STORIES, "n_layers", 1)
+    monkeypatch.setattr(stories, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(STORIES, "n_layers", 1)
     assert pretrain.main(["stories", "--out", str(tmp_path), "--steps", "2", "--batch-size", "1",
                           "--device", "cpu"]) == 0
     backbone, _ = load(tmp_path, "cpu")

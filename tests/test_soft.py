@@ -18,7 +18,7 @@ from metastate import MetaState, Reset, Shuffled
 from model import load
 from sample import generate
 from studies import soft as study
-from studies.pretrain import examples, llada_loss
+from studies.small import examples, llada_loss
 from studies.soft import Soft, soft_loss
 from tasks import TASKS, draw
 
