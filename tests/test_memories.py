@@ -18,9 +18,9 @@ from lib.watch import Watched
 from metastate import MetaState
 from model import load
 from sample import generate
+from studies import reveals
 from studies.carry import Carry
-from studies.sure import main as sure_main
-from studies.sure import sure
+from studies.reveals import blocks, sure
 from train import unrolled_loss
 
 GATELESS = '''
@@ -284,10 +284,32 @@ def test_what_is_sure_is_revealed():
     assert unsure[:, 0].all() and not unsure[:, 1:].any()
 
 
-def test_a_memory_is_trained_along_what_is_sure(tmp_path, monkeypatch):
-    """train.py's own command line, with one more choice."""
+def test_blocks_are_revealed_one_after_the_other():
+    """At every step so many tokens of the first block that is not whole, the surest of them, and of
+    the next when it is; all in the end."""
+    loss = torch.rand(3, 96, generator=seeded())
+    masked, counts = torch.ones(3, 96, dtype=torch.bool), torch.tensor([[10, 40, 0, 5, 30, 11],
+                                                                        [32, 32, 32, 0, 0, 0],
+                                                                        [1, 1, 62, 20, 10, 2]])
+    for step in range(6):
+        now = blocks(loss.masked_fill(~masked, torch.inf), counts[:, step], seeded())
+        for row in range(3):
+            left, wanted = masked[row].nonzero().flatten().tolist(), []
+            while len(wanted) < counts[row, step]:
+                block = [i for i in left if i // 32 == left[0] // 32]
+                block.sort(key=lambda i: loss[row, i].item())
+                wanted += block[:int(counts[row, step]) - len(wanted)]
+                left = [i for i in left if i not in wanted]
+            assert now[row].nonzero().flatten().tolist() == sorted(wanted)
+        masked &= ~now
+    assert not masked.any()
+
+
+@pytest.mark.parametrize("reveal", ["sure", "blocks"])
+def test_a_memory_is_trained_along_samplers_trajectories(reveal, tmp_path, monkeypatch):
+    """train.py's own command line, with two more choices."""
     for name in ("REVEALS", "parser"):
         monkeypatch.setattr(train, name, getattr(train, name))  # put back after
-    assert sure_main(["--reveal", "sure", "--steps", "1", "--batch-size", "1", "--K", "2",
-                      "--device", "cpu", "--out", str(tmp_path / "run")]) in (None, 0)
+    assert reveals.main(["--reveal", reveal, "--steps", "1", "--batch-size", "1", "--K", "2",
+                         "--device", "cpu", "--out", str(tmp_path / "run")]) in (None, 0)
     assert (tmp_path / "run" / "metastate.safetensors").is_file()

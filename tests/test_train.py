@@ -28,7 +28,7 @@ from lib.run import Run
 from metastate import Cut, MetaState, Reset
 from model import Backbone, Config, load
 from sample import generate
-from studies.sure import sure
+from studies.reveals import sure
 from train import at_random, cosine, fit, reveal_counts, surest, token_losses, unrolled_loss
 
 

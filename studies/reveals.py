@@ -1,10 +1,12 @@
-"""Training along the trajectories that a threshold makes: train.py with one more way to reveal.
+"""Training along the trajectories that samplers make: train.py with two more ways to reveal.
 
-    python -m studies.sure --reveal sure --K 4,4,8 --out out/sure            # and all of train.py's
-    python -m studies.sure --reveal sure --K 4,4,8 --reset --out out/sure-reset
+    python -m studies.reveals --reveal sure --K 4,4,8 --out out/sure         # and all of train.py's
+    python -m studies.reveals --reveal sure --K 4,4,8 --reset --out out/sure-reset
+    python -m studies.reveals --ckpt stories --reveal blocks --K 20 --out out/blocks
 
 Under a threshold a sampler commits all that the model is sure of, however much that is, and no step
-has a number of its own. docs/results.md says what came of it.
+has a number of its own: docs/results.md says what came of it. And where an answer is longer than a
+block, it fills one after the other.
 """
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ import torch
 
 import train
 from lib.options import training_parser
+
+BLOCK = 32  # tokens, as sampling has them
 
 
 def sure(loss: torch.Tensor, count: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -34,12 +38,27 @@ def all_at_the_end(length: torch.Tensor, K: int, *_) -> torch.Tensor:
 
 
 sure.counts = all_at_the_end
-REVEALS = {**train.REVEALS, "sure": sure}
+
+
+def blocks(loss: torch.Tensor, count: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+    """Reveal the `count` (B,) surest of the first block that is not whole, and of the next one when
+    that is. Answers are of whole blocks, and what is behind one is masked: how many are says where
+    blocks begin.  # our choice
+    loss (B, n), inf where not masked, positions in order -> (B, n) bool."""
+    masked = loss.isfinite()
+    # whole blocks behind each position, 0 for what is not masked
+    behind = (masked.sum(1, keepdim=True) - masked.cumsum(1)) // BLOCK * masked  # (B, n)
+    rank = loss.argsort(1).argsort(1) - behind * loss.shape[1]  # by block, then by loss
+    return rank.argsort(1).argsort(1) < count[:, None]
+
+
+
+REVEALS = {**train.REVEALS, "sure": sure, "blocks": blocks}
 parser = partial(training_parser, __doc__, REVEALS)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """train.py's command line with one more way to reveal."""
+    """train.py's command line with more ways to reveal."""
     train.REVEALS, train.parser = REVEALS, parser
     return train.main(argv)
 
