@@ -22,12 +22,13 @@ class Asked(NamedTuple):
         """What the answer is written behind: the prompt, where the task goes on with it."""
         return self.prompt if getattr(self.task, "continues", False) else ""
 
-    def verdict(self, text: str) -> tuple[bool, str]:
-        """Whether an answer is right, and in words."""
+    def verdict(self, text: str) -> tuple[bool, str, set[str]]:
+        """Whether an answer is right, in words, and what kinds of things are wrong."""
         if self.task.check(self.prompt, text):
-            return True, "right"
+            return True, "right", set()
         faults = getattr(self.task, "faults", lambda prompt, text: [])(self.prompt, text)
-        return False, "wrong" + (": " if faults else "") + "; ".join(faults)
+        words = "wrong" + (": " if faults else "") + "; ".join(faults)
+        return False, words, {fault.partition(":")[0] for fault in faults}
 
 
 def usual_model(prompt: str | None, task: str | None, memory: str | None) -> str:
@@ -74,7 +75,9 @@ def unknown_to(prompts: Sequence, tasks: dict, names: Sequence[str]) -> str:
             hasattr(tasks.get(name), "read") for name in names) else ""
 
 
-def share(right: int, number: int) -> str:
-    """How many of so many are right, in words."""
+def share(right: int, number: int, wrong: dict[str, int] | None = None) -> str:
+    """How many of so many are right, in words; wrong: in how many each kind of thing is wrong."""
     low, high = (100 * x for x in wilson(right / number, number))
-    return f"{right} of {number} right: {100 * right / number:.0f}% ({low:.0f} to {high:.0f})"
+    kinds = sorted(wrong or {}, key=lambda kind: (-wrong[kind], kind))
+    return f"{right} of {number} right: {100 * right / number:.0f}% ({low:.0f} to {high:.0f})" + \
+        ("; wrong: " + ", ".join(f"{kind} {wrong[kind]}" for kind in kinds) if kinds else "")

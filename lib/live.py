@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import unicodedata
+from collections import Counter
 from typing import Callable, Sequence, TextIO
 
 import torch
@@ -169,6 +170,7 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
     if known and args.task not in (None, *known):
         note(f"{args.ckpt} was not trained on {args.task}, but on {', '.join(known)}")
     rng, right = random.Random(args.seed), dict.fromkeys(variants, 0)
+    wrong = {name: Counter() for name in variants}
     quiet, raw = args.quiet or args.number > 1, args.raw or gen_length == 0  # a text, no question
     for _ in range(args.number):
         asked = ask(args, tasks, names, draw, rng)
@@ -187,11 +189,12 @@ def answer_prompts(args, variants: dict[str, Callable], tokenizer: Tokenizer, sp
             text = show(decode, ids, tokenizer, special, quiet, delay, args.stop, watched,
                         "" if args.quiet else asked.lead)
             if asked.task and not args.quiet:
-                found, words = asked.verdict(text)
+                found, words, kinds = asked.verdict(text)
                 right[name] += found
+                wrong[name].update(kinds)
                 print(words, flush=True)
     for name, found in right.items() if asked.task and args.number > 1 and not args.quiet else ():
-        print(f"{name}{': ' if name else ''}{share(found, args.number)}")
+        print(f"{name}{': ' if name else ''}{share(found, args.number, wrong[name])}")
     return 0
 
 

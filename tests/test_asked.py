@@ -35,8 +35,8 @@ def test_a_puzzle_of_the_task_is_read_as_it_is(name):
             found = asked(text)
             assert (found.prompt, found.task, found.hint, found.lead) == (
                 prompt, TASKS[name], "", "")
-        assert found.verdict(answer) == (True, "right")
-        assert found.verdict(answer[:-1]) == (False, "wrong")
+        assert found.verdict(answer) == (True, "right", set())
+        assert found.verdict(answer[:-1]) == (False, "wrong", set())
 
 
 @pytest.mark.parametrize("name", PUZZLES)
@@ -98,11 +98,12 @@ def test_a_beginning_is_gone_on_with():
     """Judged with it; what is wrong is named."""
     found = asked("Lily had a red kite.", "stories")
     assert found.lead == found.prompt == "Lily had a red kite." and found.hint == ""
-    right, words = found.verdict(" One day, Lily took it. And Lily loved her blue kite more "
+    right, words, kinds = found.verdict(" One day, Lily took it. And Lily loved her blue kite more "
                                 "than ever.")
     assert not right and words.startswith("wrong: none of its sentences: One day, Lily took it.; "
                                           "colour: blue; at the wrong point: And Lily")
-    assert found.verdict("") == (False, "wrong: no end")
+    assert kinds == {"none of its sentences", "colour", "at the wrong point"}
+    assert found.verdict("") == (False, "wrong: no end", {"no end"})
 
 
 @pytest.mark.parametrize("text, unknown", [
@@ -172,3 +173,15 @@ def test_several_answers_are_counted(capsys):
         assert sample.main(["--number", "2", *alone]) == 2
         assert "--number is for a task" in capsys.readouterr().err
     assert share(2, 2) == "2 of 2 right: 100% (34 to 100)"
+    assert share(1, 2, {"name": 1, "colour": 3, "owner": 1}).endswith("; wrong: colour 3, name 1, "
+                                                                      "owner 1")
+
+
+def test_what_is_wrong_is_counted(capsys):
+    """Stories, not mentions: each kind once for a story that has it."""
+    lines, _ = told(capsys, "--number", "3", "--ckpt", "stories", "--steps", "5")
+    faults = [{fault.partition(":")[0] for fault in line.removeprefix("wrong: ").split("; ")}
+              for line in lines if line.startswith("wrong: ")]
+    kinds = dict(part.rsplit(" ", 1) for part in lines[-1].partition("; wrong: ")[2].split(", "))
+    assert faults and kinds == {kind: str(sum(kind in found for found in faults))
+                                for kind in set().union(*faults)}
