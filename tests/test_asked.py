@@ -98,8 +98,8 @@ def test_a_beginning_is_gone_on_with():
     """Judged with it; what is wrong is named."""
     found = asked("Lily had a red kite.", "stories")
     assert found.lead == found.prompt == "Lily had a red kite." and found.hint == ""
-    right, words, kinds = found.verdict(" One day, Lily took it. And Lily loved her blue kite more "
-                                "than ever.")
+    right, words, kinds = found.verdict(" One day, Lily took it. And Lily loved her blue kite "
+                                        "more than ever.")
     assert not right and words.startswith("wrong: none of its sentences: One day, Lily took it.; "
                                           "colour: blue; at the wrong point: And Lily")
     assert kinds == {"none of its sentences", "colour", "at the wrong point"}
