@@ -1,6 +1,6 @@
 """A model to which soft tokens are not foreign, and the memory that hands them on.
 
-    python -m studies.soft --out out/soft        # checkpoints/halves on, 20 min on one core
+    python -m studies.soft --out out/soft        # checkpoints/halves on, 19 min on one core
     python bench.py accuracy --ckpt out/soft --reset --memory --also soft=out/soft/soft.safetensors
 
 Soft-masked diffusion (arXiv 2510.17206): where a token is still masked, the input is the mask

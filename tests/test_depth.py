@@ -322,12 +322,3 @@ def test_the_model_of_halves_knows_more_than_it_keeps():
         logits = backbone(torch.cat([ids, answer, masks], 1))[:, ids.shape[1] + answer.shape[1]]
         said = logits[:, halves].argmax(-1).tolist()
         assert [way[shown + 1] > "d" for way in ways] == [bool(half) for half in said]
-
-
-def test_both_sides_of_the_split_are_drawn():
-    """Disjoint, for every task here."""
-    for name in NAMES:
-        number = 3 if name == "sudoku6-hard" else 30
-        sides = {side: {TASKS[name].split_key(*draw(name, random.Random(f"{side} {i}"), side))
-                        for i in range(number)} for side in (True, False)}
-        assert not sides[True] & sides[False]
