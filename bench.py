@@ -31,6 +31,7 @@ import torch
 
 from lib.accuracies import AccuracyTable
 from lib.bench_options import bench_parser
+from lib.checks import block_of, check_budgets
 from lib.cli import InputError, command, compile_on, require
 from lib.data import left_pad
 from lib.files import to_json
@@ -68,7 +69,7 @@ def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[st
             took[step.fresh.any(1)] = step.forwards
 
         sample = decode(backbone, ids, pad_mask=pad, gen_length=length, on_step=note,
-                        block_length=length if length % 32 else 32, **options)
+                        block_length=block_of(length), **options)
         verdicts += [task.check(prompt, answer_text(row, tokenizer, c.mask_id, c.eos_id))
                      for prompt, row in zip(part, sample.ids[:, ids.shape[1]:])]
         forwards += took.tolist()
@@ -102,8 +103,7 @@ def accuracy(args: argparse.Namespace) -> None:
     names = list(dict.fromkeys(args.tasks or named))
     require(bool(names), f"{args.ckpt} names no tasks of its own: pass --tasks")
     for name in names:
-        require(name in TASKS, f"{args.ckpt} names a task {name!r}, which is none of "
-                + ", ".join(TASKS))
+        require(name in TASKS, f"{args.ckpt} names a task {name!r}, none of {', '.join(TASKS)}")
     trained = memories(backbone, args.ckpt, args.memory, "metastate", bool(named))
     reset = memories(backbone, args.ckpt, args.reset, "reset", bool(named))
     also = {name: memories(backbone, args.ckpt, files, "", False) for name, files in args.also}
@@ -113,6 +113,7 @@ def accuracy(args: argparse.Namespace) -> None:
                 "reset": [*map(Reset, reset)], **also}
     variants = {name: found for name, found in variants.items() if found}
     steps = list(dict.fromkeys(math.ceil(length / b) for b in args.budgets))
+    check_budgets(length, steps)
     settings = {f"{n} steps": {"steps": n} for n in steps}
     settings |= {f"threshold {x}": {"steps": length, "threshold": x} for x in args.thresholds}
 
@@ -121,9 +122,8 @@ def accuracy(args: argparse.Namespace) -> None:
         rng = random.Random(f"{args.seed} {name}")
         prompts[name] = [draw(name, rng, held_out=True)[0] for _ in range(args.prompts)]
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts[name])
-        require(longest + length <= backbone.config.max_len, f"prompts of {name} have up to "
-                f"{longest} tokens: with {length} to answer more than the model's "
-                f"{backbone.config.max_len}")
+        require(longest + length <= (most := backbone.config.max_len), f"prompts of {name} have up "
+                f"to {longest} tokens: with {length} to answer more than the model's {most}")
     table = AccuracyTable({v: len(found) for v, found in variants.items()}, names, list(settings),
                           args.prompts)
     for i, v, j, k in progress(table.work(), "settings"):

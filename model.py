@@ -289,7 +289,7 @@ def unfilled(config: Config) -> Backbone:
 
 def config_of(ckpt: str) -> Config:
     """The config of a checkpoint, without its weights; the published nicknames need no download."""
-    if ckpt in CHECKPOINTS and ckpt.startswith(("llada", "dream")):
+    if isinstance(CHECKPOINTS.get(ckpt), str):  # all relatives of Dream have its shapes
         return LLADA_8B if ckpt.startswith("llada") else DREAM_7B
     return Config.from_json(find(ckpt))
 

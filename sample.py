@@ -188,7 +188,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     stop_at_eos: stop once everything before every row's first EOS is settled; EOS fills the rest,
         as it does when on_step, called after every commit, returns True.
     generator: the source of all randomness, on the backbone's device; a seed of 0 if None. A list
-        has one for each row, seeded anew for every block: no answer depends on its batch.
+        has one for each row, seeded anew for every block: rows of as many masks are independent.
     adjust, late: see `decide`. Raises `InputError`."""
     c, L, started = backbone.config, block_length, time.perf_counter()
     dreams = "origin" if threshold is None else "maskgit_plus"
@@ -196,7 +196,7 @@ def generate(backbone: Backbone, prompt: torch.Tensor, *, memory: MetaState | No
     top_k = 50 if top_k is None and c.family == "dream" else top_k
     check_generation(c, prompt, pad_mask, gen_length, L, steps, order, ORDERS, threshold,
                      BY_PROBABILITY, cache, refresh, temperature, top_p, top_k, alg_temp, cfg_scale,
-                     generator)
+                     generator, memory)
     P, generator = prompt.shape[1], generator or torch.Generator(prompt.device).manual_seed(0)
     by = partial(decide, order=order, mask_id=c.mask_id, temperature=temperature, top_p=top_p,
                  top_k=top_k, alg_temp=alg_temp, generator=generator, adjust=adjust, late=late)

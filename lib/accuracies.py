@@ -27,15 +27,15 @@ class Accuracies:
         self.seeds = {v: r.mean(3) for v, r in right.items()}          # (seeds, tasks, settings)
         self.means = {v: shares.mean(0) for v, shares in self.seeds.items()}  # (tasks, settings)
         self.prompts = next(iter(right.values())).shape[3]
-        rng, picks = np.random.default_rng(0), {}  # picks: (of how many, rows) -> shares of each
+        rng, picks = np.random.default_rng(0), {}  # picks: (of what, how many, rows) -> shares
         for r in right.values():
-            picks |= {(r.shape[0], 1): [], (r.shape[3], r.shape[1]): []}
+            picks |= {("seeds", r.shape[0], 1): [], ("prompts", r.shape[3], r.shape[1]): []}
         for _ in progress(range(draws), "bootstrap", bar=False):
-            for (n, rows), drawn in picks.items():
+            for (_, n, rows), drawn in picks.items():
                 drawn.append(rng.multinomial(n, [1 / n] * n, rows) / n)       # (rows, n)
         picks = {key: np.stack(drawn) for key, drawn in picks.items()}        # (draws, rows, n)
-        self.draws = {v: np.einsum("ds,dtp,stqp->dtq", picks[r.shape[0], 1][:, 0],
-                                   picks[r.shape[3], r.shape[1]], r, optimize=True)
+        self.draws = {v: np.einsum("ds,dtp,stqp->dtq", picks["seeds", r.shape[0], 1][:, 0],
+                                   picks["prompts", r.shape[3], r.shape[1]], r, optimize=True)
                       for v, r in right.items()}                              # (draws, tasks, ...)
 
     def __call__(self, tasks: list[int], settings: list[int], variant: str,

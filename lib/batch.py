@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Callable
 
@@ -54,7 +55,7 @@ def answer_file(args, decode: Callable, prompts: list[Prompt], tokenizer: Tokeni
                disable=None if rank == 0 and not sys.stdout.isatty() else True)
     with contextlib.closing(lines) if lines else contextlib.nullcontext(), bar, slow(
             "answering", pace, not bar.disable or rank > 0):
-        for window in windows(prompts, args.batch_size):
+        for window in windows(prompts, args.batch_size, special.mask_id):
             todo = [batch for batch in window if max(batch) >= done]
             each = world * (TURN if world > 1 else 1)
             for start in range(0, len(todo), each):
@@ -82,17 +83,22 @@ def answer_file(args, decode: Callable, prompts: list[Prompt], tokenizer: Tokeni
     return int(bad > 0)
 
 
-def windows(prompts: list[Prompt], size: int) -> list[list[list[int]]]:
+def windows(prompts: list[Prompt], size: int, mask_id: int) -> list[list[list[int]]]:
     """The indices of the prompts that can be answered, as batches of at most `size`, some dozens of
-    batches at a time: among these a batch has prompts of like length, the longest first. They do
-    not depend on where a run begins."""
+    batches at a time: among these a batch has prompts of like length, the longest first, and of as
+    many masks, for which `generate` takes steps of their own. They do not depend on where a run
+    begins."""
+    def masks(i: int) -> int:
+        return list(prompts[i].ids).count(mask_id)
+
     good, span = [i for i, prompt in enumerate(prompts) if not prompt.error], WINDOW * size
     found = []
     for start in range(0, len(good), span):
         part = good[start:start + span]
         if size > 1:
-            part.sort(key=lambda i: -len(prompts[i].ids))
-        found.append([part[i:i + size] for i in range(0, len(part), size)])
+            part.sort(key=lambda i: (masks(i), -len(prompts[i].ids)))
+        alike = (list(same) for _, same in groupby(part, masks))
+        found.append([same[i:i + size] for same in alike for i in range(0, len(same), size)])
     return found
 
 

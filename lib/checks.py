@@ -94,9 +94,20 @@ def check_blocks(gen_length: int, block_length: int, steps: int) -> int:
     return blocks
 
 
+def block_of(length: int) -> int:
+    """Where nothing else is said, an answer's blocks are of 32, or one where 32 divides not."""
+    return length if length % 32 else 32
+
+
+def check_budgets(length: int, budgets: list[int]) -> None:
+    """Refuse numbers of steps that an answer's usual blocks cannot share."""
+    for steps in budgets:
+        check_blocks(length, block_of(length), steps)
+
+
 def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order, orders, threshold,
                      by_probability, cache, refresh, temperature, top_p, top_k, alg_temp,
-                     cfg_scale, generator=None) -> None:
+                     cfg_scale, generator=None, memory=None) -> None:
     """Refuse what `generate` cannot do with a backbone of config c; the names are its own.
     orders: those there are; by_probability: those a threshold makes sense for."""
     require(prompt.dim() == 2 and 0 not in prompt.shape,
@@ -117,6 +128,9 @@ def check_generation(c, prompt, pad_mask, gen_length, block_length, steps, order
     require(prompt.shape[1] + gen_length <= c.max_len, f"a prompt of {prompt.shape[1]} tokens and "
             f"gen_length {gen_length} leave no room in the model's {c.max_len} positions")
     require(cache in (None, "prefix", "dual"), f"unknown cache {cache!r}: prefix or dual")
+    inner = getattr(memory, "memory", memory)  # of a control, or one that is watched
+    require(cache is None or getattr(inner, "caches", True), f"with a cache {type(inner).__name__} "
+            "would not see the sequence that it needs as a whole")
     require(refresh is None or cache is not None and refresh > 0,
             f"refresh is {refresh}: it needs a cache, and has to be 1 or more")
     a_block = steps // max(blocks, 1)

@@ -9,7 +9,7 @@ from typing import Callable, Iterable
 from lib import identity
 from lib.answers import HOLDS
 from lib.asked import usual_model
-from lib.checks import check_blocks
+from lib.checks import block_of, check_blocks
 from lib.cli import (DTYPES, Parser, count, listed, named, number, one_of, require, seed, size,
                      spelled, whole, written)
 from lib.conversations import data_file
@@ -84,7 +84,7 @@ def decoding(args: argparse.Namespace, length: int) -> dict:
     options = {name: getattr(args, name) for name in (
         "order", "threshold", "cache", "refresh", "temperature", "top_p", "top_k", "alg_temp",
         "cfg_scale")}
-    block = length if length % 32 else 32
+    block = block_of(length)
     if is_dream(args.ckpt) and args.threshold is None:  # as its README asks for an answer
         usual = {"order": "entropy", "temperature": 0.2, "top_p": 0.95}
         options |= {name: value for name, value in usual.items() if options[name] is None}
@@ -226,8 +226,8 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
     the bits of a backbone (with .config and .parameters()), the tokenizer, the data (batch(step,
     micro) as `lib.data` makes it) and the syntax of code (functions, and classes with all of their
     module). The number of steps is not among them: a run can be made longer."""
-    same = ("out", "ckpt", "data", "device", "dtype", "steps", "save_every", "eval_every",
-            "checkpointing", "compile", "run")
+    same = ("out", "ckpt", "begun", "data", "own", "device", "dtype", "steps", "save_every",
+            "eval_every", "checkpointing", "compile", "run")
     first = [x for micro in range(args.micros) for x in batch(0, micro) if x is not None]
     file, init = getattr(args, "data", None), getattr(args, "init", None)
     sizes = {k: v for k, v in asdict(backbone.config).items() if k != "dtype"}
@@ -235,6 +235,7 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
             "backbone": identity.bits(repr(sizes), backbone.parameters()),
             "dtype": str(next(backbone.parameters()).dtype),
             "init": init and identity.of_file(init),
+            "own": [*map(identity.of_file, getattr(args, "own", None) or [])],
             "tokenizer": identity.of_text(tokenizer.core.to_str()),
             "data": [file and " ".join(map(identity.of_file, getattr(file, "files", [file]))),
                      identity.bits("", first)],

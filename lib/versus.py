@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Callable
 
@@ -101,17 +102,19 @@ def keep(out: Path, task: str, label: str, result: dict) -> None:
 
 # ------------------------------------------------------------------ what is compared
 def scores_of(result: dict) -> Scores:
-    """Every number from 0 to 1 that an example was given, by metric and (task, example); the tasks
-    of a group are one."""
+    """What every example was given, by metric and (task, example), of the metrics that are numbers
+    from 0 to 1 throughout; the tasks of a group are one."""
     found: Scores = {}
     for task, samples in result["samples"].items():
         for sample in samples:
             for metric in sample["metrics"]:
                 value = sample[metric]
-                if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
-                    named = "" if sample["filter"] == "none" else f", {sample['filter']}"
-                    found.setdefault(metric + named, {})[task, sample["doc_id"]] = float(value)
-    return found
+                share = isinstance(value, (bool, int, float)) and 0 <= value <= 1
+                named = "" if sample["filter"] == "none" else f", {sample['filter']}"
+                found.setdefault(metric + named, {})[task, sample["doc_id"]] = \
+                    float(value) if share else math.nan
+    return {metric: scores for metric, scores in found.items()
+            if not any(map(math.isnan, scores.values()))}
 
 
 def compared(task: str, scores: dict[str, list[Scores]]) -> tuple[list[dict], list[dict]]:
@@ -119,7 +122,10 @@ def compared(task: str, scores: dict[str, list[Scores]]) -> tuple[list[dict], li
     ahead of every variant before it on the same examples, with the interval of that difference and
     how many examples are better and worse."""
     rows, leads = [], []
-    for metric, examples in next(iter(scores.values()))[0].items():
+    runs = [one for found in scores.values() for one in found]
+    for metric, examples in runs[0].items():
+        if not all(metric in one for one in runs):
+            continue
         right = {name: np.array([[[[one[metric][key] for key in examples]]] for one in found])
                  for name, found in scores.items()}                   # (seeds, 1, 1, examples)
         measured = Accuracies(right)

@@ -4,8 +4,8 @@
 
 MetaState's M slots read all positions and are read by all; here nothing is mixed, as in Loopholing
 (arXiv 2510.19304) and its relatives: what the backbone made of a position at one step comes back to
-that position at the next. The state grows with the sequence, and there is no use of it with a
-cache, where a step does not see all of it.
+that position at the next. The state grows with the sequence, and a cache, with which a
+step does not see all of it, is refused.
 """
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from model import Config
 class Carry(nn.Module):
     """e' = e + W norm(s; t),  s' = Updater(s, h, t), position by position: MetaState without Mixer
     and Injector. W and the state (B, max_len, d) are 0 at first."""
+
+    caches = False
 
     def __init__(self, config: Config):
         super().__init__()

@@ -3,7 +3,7 @@ LLaDA of 0.4 or 0.5 M parameters, for stories of 1.5 M, and its pretraining on t
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
-    python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 8 min on one
+    python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 6 min on one
     python -m studies.pretrain sudoku6 --out out/sudoku6      # from checkpoints/tiny, 40 min on one
     python -m studies.pretrain countdown --out out/countdown  # from checkpoints/tiny, 55 min on one
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on a GPU
@@ -26,14 +26,14 @@ from typing import Callable, NamedTuple
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from lib.cli import Parser, command, device_of, one_of, seed, size
+from lib.cli import Parser, command, device_of, one_of, require, seed, size
 from lib.data import Batch
 from lib.options import run_settings
 from lib.published import config_fields
 from lib.run import local_device, processes
 from model import Backbone, Config, Tokenizer, load
-from studies.small import (GEN_LENGTH, build_config, byte_level, examples, llada_loss, look_nearby,
-                           training_options, trapezoids, write_folder)
+from studies.small import (GEN_LENGTH, Weighted, build_config, byte_level, examples, llada_loss,
+                           look_nearby, training_options, trapezoids, write_folder)
 from studies.stories import pretrain_stories
 from tasks import TASKS, Task, draw
 from tasks.depth import DEPTH, Countdown, Halves, Sudoku6
@@ -175,7 +175,7 @@ def pretrain(args: argparse.Namespace) -> None:
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
         lr=args.lr, schedule=partial(trapezoids, stage=STAGE if tiny else 0), warmup=200, clip=0.25,
         micros=args.micros, evaluate=evaluate,
-        settings=run_settings(args, backbone, tokenizer, batch, Backbone, llada_loss))
+        settings=run_settings(args, backbone, tokenizer, batch, Backbone, Weighted))
     if processes()[0] == 0:
         write_folder(backbone, tokenizer, out, HAYSTACK_TASKS if hay else names, usual, **changes)
         print(f"wrote {out}, {config.parameters:,} parameters")
@@ -190,9 +190,11 @@ def show(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------ command line
+def check_begun(args: argparse.Namespace) -> None:
+    """Refuse what is for stories that go on from others' weights, where none are named."""
+    require(bool(args.begun) or not (args.own or args.lessons), "--own and --lessons need --from")
 
 
-# ------------------------------------------------------------------ command line
 def parser() -> Parser:
     """What the command line takes."""
     p = Parser(description=__doc__)
@@ -214,7 +216,10 @@ def parser() -> Parser:
             q.add_argument("--from", dest="begun", nargs="+", metavar="CKPT", help="go on from its "
                            "weights, or the mean of several's, with excerpts beside stories, and "
                            "write a mean of weights")
+            q.add_argument("--own", nargs="+", metavar="FILE", help="with --from: also stories of "
+                           "its own, answers of sample.py --prompts, where they are right")
             q.add_argument("--lessons", action="store_true", help="with --from: lessons at first")
+            q.checks.append(check_begun)
     q = commands.add_parser("show", help="print held-out examples")
     q.set_defaults(run=show)
     q.add_argument("task", type=one_of(TASKS, "task"), metavar="TASK", help=", ".join(TASKS))

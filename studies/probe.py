@@ -23,7 +23,6 @@ import shutil
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Callable, Iterable, Sequence
 
 import numpy as np

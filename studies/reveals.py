@@ -2,21 +2,26 @@
 
     python -m studies.reveals --reveal sure --K 4,4,8 --out out/sure         # and all of train.py's
     python -m studies.reveals --reveal sure --K 4,4,8 --reset --out out/sure-reset
-    python -m studies.reveals --ckpt stories --reveal blocks --K 20 --out out/blocks
+    python -m studies.reveals --ckpt stories --reveal blocks --K 20,40 --own own.jsonl --out out/s
 
 Under a threshold a sampler commits all that the model is sure of, however much that is, and no step
 has a number of its own: docs/results.md says what came of it. And where an answer is longer than a
-block, it fills one after the other.
+block, it fills one after the other; and it writes what the model would, not what the task would.
 """
 from __future__ import annotations
 
+import argparse
+import random
 import sys
 from functools import partial
 
 import torch
 
 import train
+from lib.cli import Parser
 from lib.options import training_parser
+from studies.stories import told_right
+from tasks import draw
 
 BLOCK = 32  # tokens, as sampling has them
 
@@ -54,12 +59,34 @@ def blocks(loss: torch.Tensor, count: torch.Tensor, _: torch.Generator) -> torch
 
 
 REVEALS = {**train.REVEALS, "sure": sure, "blocks": blocks}
-parser = partial(training_parser, __doc__, REVEALS)
+
+
+# ------------------------------------------------------------------ command line
+def drawn(told: list[tuple[str, str]], name: str, rng: random.Random,
+          held_out: bool) -> tuple[str, str]:
+    """`draw`, but two in three to train on are of those told, as checkpoints/stories had them."""
+    own = not held_out and rng.random() < 2 / 3
+    return rng.choice(told) if own else draw(name, rng, held_out)
+
+
+def choose_draw(args: argparse.Namespace) -> None:
+    """What train.py is to draw from."""
+    if args.own:
+        train.draw = partial(drawn, told_right(args.own))
+
+
+def parser() -> Parser:
+    """What the command line takes."""
+    p = training_parser(__doc__, REVEALS)
+    p.checks.append(choose_draw)
+    p.add_argument("--own", nargs="+", metavar="FILE", help="of stories: two in three are answers "
+                   "of sample.py --prompts, those that are right")
+    return p
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """train.py's command line with more ways to reveal."""
-    train.REVEALS, train.parser = REVEALS, parser
+    """train.py's command line with more ways to reveal, and to draw."""
+    train.REVEALS, train.parser, train.draw = REVEALS, parser, draw
     return train.main(argv)
 
 

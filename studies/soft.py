@@ -40,6 +40,8 @@ class Soft(nn.Module):
     that the first step has bare masks. Nothing in it is trained but the backbone's own weights, of
     which it keeps a copy."""
 
+    caches = False  # its state is of all positions, from the first on
+
     def __init__(self, config: Config):
         super().__init__()
         self.length, self.mask_id, self.shift = config.max_len, config.mask_id, config.shift

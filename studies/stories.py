@@ -6,6 +6,7 @@ import argparse
 import random
 import re
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable
 
@@ -14,16 +15,17 @@ import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 
 from lib.ahead import ahead
-from lib.cli import device_of
+from lib.cli import device_of, require
 from lib.data import Batch, move, task_batch
-from lib.files import read_tensors, save_tensors
+from lib.files import parse_json, read_lines, read_tensors, save_tensors
 from lib.options import run_settings
 from lib.published import config_fields
 from lib.run import local_device, processes
+from lib.terminal import note
 from model import Backbone, Config, Tokenizer, load
-from studies.small import (Graphed, build_config, byte_level, examples, llada_loss, look_nearby,
-                           trapezoids, write_folder)
-from tasks import TASKS, draw
+from studies.small import (Graphed, Weighted, build_config, byte_level, examples, llada_loss,
+                           look_nearby, trapezoids, write_folder)
+from tasks import TASKS, draw, is_held_out
 from tasks.sentences import FACTS
 from tasks.stories import SENTENCE, Stories
 from train import fit
@@ -55,21 +57,42 @@ def story_tokenizer() -> Tokenizer:
     return byte_level(texts, 1024, pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
-def story_batches(tokenizer: Tokenizer, size: int, seed: int, eos_id: int,
-                  device: torch.device) -> Callable[[int], Batch]:
-    """batch(step) of stories that are about as long, see `story_pool`, each of them AGAIN times."""
-    pool = lru_cache(maxsize=1)(ahead(partial(story_pool, tokenizer, size, seed, eos_id),
+def story_batches(tokenizer: Tokenizer, size: int, seed: int, eos_id: int, device: torch.device,
+                  told: list[tuple[str, str]] | None = None) -> Callable[[int], Batch]:
+    """batch(step) of stories that are about as long, see `story_pool`, each of them AGAIN times.
+    told: (beginning, rest) to choose from, in place of the grammar's."""
+    pool = lru_cache(maxsize=1)(ahead(partial(story_pool, tokenizer, size, seed, eos_id, told),
                                       lambda index: index + 1, device))
     return lambda step: pool(step // (AGAIN * POOL))[step % POOL]
 
 
-def story_pool(tokenizer: Tokenizer, size: int, seed: int, eos_id: int, index: int) -> list[Batch]:
+def told_right(files: list[str]) -> list[tuple[str, str]]:
+    """(beginning, rest) of the stories that are right among answers of sample.py --prompts, less
+    what is held out. Raises `InputError` for lines that are none, and where no story is left."""
+    told, task = [], TASKS["stories"]
+    for where, line in chain.from_iterable(map(read_lines, files)):
+        answer = parse_json(line, where)
+        if "error" in answer:
+            continue
+        require(all(isinstance(answer.get(name), str) for name in ("prompt", "text")),
+                f"{where}: no answer of sample.py --prompts, which has `prompt` and `text`")
+        told.append((answer["prompt"], answer["text"]))
+    right = [pair for pair in told if task.check(*pair) and not is_held_out(task, *pair)]
+    require(bool(right), f"{', '.join(files)}: no story there is right")
+    if processes()[0] == 0:
+        note(f"{len(right)} of {len(told)} stories are right, and none of the held-out ones")
+    return right
+
+
+def story_pool(tokenizer: Tokenizer, size: int, seed: int, eos_id: int,
+               told: list[tuple[str, str]] | None, index: int) -> list[Batch]:
     """The batches of POOL steps, drawn together: each has a fourth of the beginnings and of the
     continuations by length. Both are filled up to multiples of 16 tokens, so that there are few
     shapes; every fourth batch has answers of STORY_LENGTH, as sampling begins with."""
     rng, batches = random.Random(f"{seed} {index}"), []
-    pairs = sorted((draw("stories", rng, False) for _ in range(POOL * size)),
-                   key=lambda pair: len(pair[0]))
+    pairs = rng.choices(told, k=POOL * size) if told else [
+        draw("stories", rng, False) for _ in range(POOL * size)]
+    pairs.sort(key=lambda pair: len(pair[0]))
     for i in range(0, len(pairs), 4 * size):
         fourth = sorted(pairs[i:i + 4 * size], key=lambda pair: len(pair[1]))
         batches += [fourth[k:k + size] for k in range(0, 4 * size, size)]
@@ -177,6 +200,8 @@ def pretrain_stories(args: argparse.Namespace) -> None:
                             for name in args.begun])
     backbone.to(device)
     batch = story_batches(tokenizer, args.batch_size, args.seed, config.eos_id, device)
+    own = args.own and story_batches(tokenizer, args.batch_size, args.seed, config.eos_id, device,
+                                     told_right(args.own))
     loss = Graphed(backbone) if device.type == "cuda" else None
     out, kept = Path(args.out), Path(args.out) / "pretraining" / "weights"
 
@@ -187,7 +212,8 @@ def pretrain_stories(args: argparse.Namespace) -> None:
             if step % KEEP == 0 and step >= args.steps / 2:
                 save_tensors(kept / f"{step}.safetensors", backbone.state_dict(),
                              {"step": step, "steps": args.steps})
-            kind, about = lesson(step, rng, args.lessons)
+        if args.begun and micro == 0 and not (own and step % 2):
+            kind, about = lesson(step // 2 if own else step, rng, args.lessons)
             few, least = 2 * (kind == "few"), 1 + (kind == "contrast")
             data, ends = excerpts(tokenizer, rng, args.batch_size * (3 - least), about,
                                   config.eos_id, few, least)
@@ -195,8 +221,9 @@ def pretrain_stories(args: argparse.Namespace) -> None:
                 return contrast(backbone, *data, ends, generator), {}
             return llada_loss(backbone, *data, generator, among=torch.isin(data[1], ends),
                               least=float(few > 0)), {}
-        data = batch(step * args.micros + micro)
-        return llada_loss(backbone, *data, generator, loss, block=BLOCK), {}
+        if own and micro == 0:  # in odd steps, as large a part as the lessons'
+            return llada_loss(backbone, *batch(step // 2), generator, block=BLOCK), {}
+        return llada_loss(backbone, *(own or batch)(step), generator, loss, block=BLOCK), {}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
@@ -208,11 +235,11 @@ def pretrain_stories(args: argparse.Namespace) -> None:
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
         lr=args.lr, schedule=partial(trapezoids, fall=0.1 if args.begun else 1 / 3),
         warmup=30 if args.begun else 200, micros=args.micros, evaluate=evaluate,
-        settings=run_settings(args, backbone, tokenizer, lambda step, micro: batch(step), Backbone,
-                              llada_loss))
+        settings=run_settings(args, backbone, tokenizer, lambda step, micro: (own or batch)(step),
+                              Backbone, Weighted, lesson, contrast, excerpts))
     if processes()[0] == 0:
         later = [read_tensors(file)[0] for file in sorted(kept.glob("*.safetensors"))
-                 if int(file.stem) >= args.steps / 2]
+                 if args.steps / 2 <= int(file.stem) < args.steps]
         set_mean(backbone, [dict(backbone.named_parameters()), *later])
         write_folder(backbone, tokenizer, out, ["stories"], STORY_LENGTH, **STORIES)
         print(f"wrote {out}, {config.parameters:,} parameters")

@@ -148,7 +148,8 @@ def read(prompt: str, text: str) -> Reading:
             found = [Reading(ANYWHERE, {})]
         found = found or [r.blamed("grammar", sentence) for r in readings]
         least = min(len(r.wrong) for r in found)
-        readings = [r for r in found if len(r.wrong) == least]
+        readings = list({(r.places, frozenset(r.facts.items()), r.wrong): r  # each of them once
+                         for r in found if len(r.wrong) == least}.values())
     ended = [r for r in readings if any(i + 1 == len(PLOTS[plot]) for plot, i in r.places)]
     return ended[0] if ended else readings[0].blamed("plot", "")
 
@@ -174,7 +175,7 @@ SENTENCES = 6, 9  # of a story, where its plot can do with the fewer
 
 def choose_facts(rng: random.Random, few: int = 0) -> dict[str, str]:
     """What stands for every example, also where it begins a sentence; of each only `few` words."""
-    known = {example: words[::max(1, len(words) // few)] if few else words
+    known = {example: words[::-(-len(words) // few)] if few else words
              for example, (_, words) in FACTS.items()}
     facts = {example: rng.choice(words) for example, words in known.items() if example not in ALIKE}
     facts |= {example: facts[like] for example, like in ALIKE.items()}

@@ -65,11 +65,15 @@ def test_lines_come_in_the_order_of_the_file(text_ckpt, prompts, tmp_path, capsy
 
 def test_windows_have_prompts_of_like_length():
     """Each prompt once; batches within a window from long to short; one at a time in the order of
-    the file."""
+    the file. Those of a batch have as many masks."""
     rng = random.Random(0)
     found = [Prompt({}, [0] * rng.randrange(1, 90), "bad" * (i % 7 == 3)) for i in range(50)]
+    gaps = [Prompt({}, [0] * 5 + [9] * (i % 3)) for i in range(20)]
+    parts = [part for window in batch.windows(gaps, 4, 9) for part in window]
+    assert all(len({i % 3 for i in part}) == 1 for part in parts)
+    assert sorted(i for part in parts for i in part) == [*range(20)]
     for size in (1, 3):
-        cut = batch.windows(found, size)
+        cut = batch.windows(found, size, 9)
         flat = [i for window in cut for part in window for i in part]
         good = [i for i, prompt in enumerate(found) if not prompt.error]
         assert sorted(flat) == good and all(len(w) <= 2 for w in cut)

@@ -25,7 +25,7 @@ from lib.judge import JUDGES, read_examples
 from lib.likelihood import MASKS, log_likelihood, masked_losses
 from lib.settings import COMMON, GENERATED, METASTATE, SCORED, Setting, choose, model_of, rows
 from lib.templates import chat_template
-from lib.versus import compared
+from lib.versus import compared, scores_of
 from model import load
 from sample import denoise, generate
 from tasks import TASKS, draw
@@ -575,6 +575,21 @@ def test_code_is_run_where_allowed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lib.plans, "find_spec", lambda name: "there")
     assert bench.main(["harness", "--tasks", "gsm8k,humaneval", "--out", str(tmp_path)]) == 2
     assert "humaneval: judging runs what the model writes" in capsys.readouterr().err
+
+
+def test_what_is_no_share_is_not_compared():
+    """A metric that is beyond 1 for one example, or no number, is left out as a whole; so is one
+    that another variant's run has not."""
+    def result(*values):
+        return {"samples": {"t": [
+            {"metrics": ["right", "far"], "filter": "none", "doc_id": i, "right": i % 2, "far": far}
+            for i, far in enumerate(values)]}}
+
+    assert scores_of(result(0.5, 1.5)) == {"right": {("t", 0): 0.0, ("t", 1): 1.0}}
+    frozen, other = scores_of(result(0.5, 0.2)), scores_of(result(0.5, "none"))
+    assert {*frozen} == {"right", "far"}
+    table, _ = compared("t", {"frozen": [frozen], "MetaState": [other]})
+    assert [row["metric"] for row in table] == ["right", "right"]
 
 
 def test_pairs_of_several_seeds():

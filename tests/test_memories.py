@@ -1,6 +1,8 @@
 """Memories of other classes than MetaState: found by name, kept in files that name them."""
 from __future__ import annotations
 
+import json
+import random
 import re
 import sys
 from importlib.machinery import ModuleSpec
@@ -21,6 +23,7 @@ from sample import generate
 from studies import reveals
 from studies.carry import Carry
 from studies.reveals import blocks, sure
+from tasks import draw
 from train import unrolled_loss
 
 GATELESS = '''
@@ -308,8 +311,22 @@ def test_blocks_are_revealed_one_after_the_other():
 @pytest.mark.parametrize("reveal", ["sure", "blocks"])
 def test_a_memory_is_trained_along_samplers_trajectories(reveal, tmp_path, monkeypatch):
     """train.py's own command line, with two more choices."""
-    for name in ("REVEALS", "parser"):
+    for name in ("REVEALS", "parser", "draw"):
         monkeypatch.setattr(train, name, getattr(train, name))  # put back after
     assert reveals.main(["--reveal", reveal, "--steps", "1", "--batch-size", "1", "--K", "2",
                          "--device", "cpu", "--out", str(tmp_path / "run")]) in (None, 0)
     assert (tmp_path / "run" / "metastate.safetensors").is_file()
+
+
+def test_a_memory_is_trained_on_what_the_model_would_write(tmp_path, monkeypatch):
+    """Two in three examples are its own stories, if they are right; held-out ones never are."""
+    monkeypatch.setattr(train, "draw", draw)  # put back after
+    begun, rest = own = draw("stories", random.Random(5), False)
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({"prompt": begun, "text": text}) + "\n"
+                            for text in (rest, " Nonsense.")))
+    reveals.choose_draw(reveals.parser().parse_args(["--own", str(file)]))
+    rng, found = random.Random(0), {}
+    for side in (True, False):
+        found[side] = [train.draw("stories", rng, side) == own for _ in range(60)]
+    assert sum(found[True]) == 0 and 25 < sum(found[False]) < 55

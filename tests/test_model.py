@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import model
 from lib.cli import InputError
+from lib.hub import CHECKPOINTS
 from model import (DREAM_7B, LLADA_8B, Backbone, Config, config_of, layout, load, rope, rotate,
                    save, unfilled)
 
@@ -353,6 +354,8 @@ def test_random_weights_have_the_shapes_and_no_tokenizer(text_ckpt, tmp_path):
     stored = load(text_ckpt, "cpu")[0].state_dict()
     shutil.copy(text_ckpt / "config.json", tmp_path)
     assert config_of(str(tmp_path)) == config_of(str(text_ckpt))
+    published = [name for name, where in CHECKPOINTS.items() if isinstance(where, str)]
+    assert {config_of(name) for name in published} == {LLADA_8B, DREAM_7B}  # nothing is downloaded
     backbone, tokenizer = load(f"random:{tmp_path}", "cpu", "float32")
     assert tokenizer is None
     assert {n: p.shape for n, p in backbone.state_dict().items()} == \

@@ -525,14 +525,14 @@ def test_a_contrast_is_the_slow_one(words, about, monkeypatch):
 
 
 def test_stories_of_few_words():
-    """Of everything at most three words, and who has to differ differs."""
+    """Of everything two words, and who has to differ differs."""
     rng, seen = random.Random(0), collections.defaultdict(set)
     for _ in range(300):
         facts = choose_facts(rng, 2)
         assert all(facts[one] != facts[two] for one, two in DIFFERENT.items())
         for example in FACTS:
             seen[example].add(facts[example])
-    assert max(map(len, seen.values())) <= 3 and min(map(len, seen.values())) == 2
+    assert {*map(len, seen.values())} == {2}
 
 
 def test_lessons_come_first_where_stories_go_on(few, words, tmp_path, monkeypatch):
@@ -578,6 +578,42 @@ def test_a_mean_of_weights_is_written(few, words, tmp_path, monkeypatch):
     for name, p in load(out, "cpu")[0].named_parameters():
         assert torch.allclose(p, (passed[name] + last[f"weight.{name}"]) / 2)
         assert not torch.equal(passed[name], last[f"weight.{name}"])
+
+
+def test_its_own_stories_are_learned_where_they_are_right(few, words, tmp_path, monkeypatch, capfd):
+    """Every second micro-batch has them and nothing else, and none that is held out; of the others
+    half are lessons. What is no answer is refused with its place."""
+    (begun, rest), wrong = draw(TASKS["stories"], random.Random(5), False), " Nonsense."
+    others, learned = draw(TASKS["stories"], random.Random(5), True), stories.llada_loss
+    file, seen = tmp_path / "own.jsonl", []
+    file.write_text('{"id": 1, "error": "too long"}\n' + "".join(
+        json.dumps({"prompt": prompt, "text": text}) + "\n"
+        for prompt, text in ((begun, rest), (begun, wrong), others)))
+    monkeypatch.setattr(stories, "story_tokenizer", lambda: words)
+    monkeypatch.setitem(STORIES, "n_layers", 1)
+    monkeypatch.setattr(stories, "POOL", 4)
+    monkeypatch.setattr(stories, "llada_loss", lambda backbone, *data, **noise: (
+        seen.append((data[:2], noise)) or learned(backbone, *data, **noise)))
+    monkeypatch.setattr(stories, "contrast", lambda backbone, *data: seen.append("contrast") or sum(
+        p.sum() for p in backbone.parameters()))
+    write_folder(fresh(words, **STORIES), words, tmp_path / "begun", ["stories"], STORY_LENGTH,
+                 **STORIES)
+    command = ["stories", "--from", str(tmp_path / "begun"), "--own", str(file), "--steps", "8",
+               "--out", str(tmp_path / "out"), "--batch-size", "1", "--device", "cpu"]
+    assert pretrain.main(command) == 0 and "1 of 3 stories are right" in capfd.readouterr().err
+    lessons, others, own = seen[0:16:4], seen[2:16:4], seen[1:16:2]
+    assert [x == "contrast" for x in lessons] == [False, True] * 2
+    told = [[words.decode(ids[0], True) for ids in pair] for pair, noise in own]
+    assert told == [[begun, rest]] * 8
+    assert all(words.decode(pair[1][0], True) != rest and noise["block"] == 32
+               for pair, noise in others)
+    for line, fault in (('{"prompt": "Once"}', "own.jsonl:1: no answer of sample.py --prompts"),
+                        (json.dumps({"prompt": begun, "text": wrong}), "no story there is right")):
+        file.write_text(line)
+        assert pretrain.main([*command[:-2], "--device", "cpu"]) != 0
+        assert fault in capfd.readouterr().err
+    assert pretrain.main(["stories", "--own", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "need --from" in capfd.readouterr().err
 
 
 def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):

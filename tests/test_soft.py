@@ -14,10 +14,12 @@ import bench
 from lib.cli import InputError
 from lib.hub import CHECKPOINTS, stated
 from lib.memories import new_memory, save_memory
+from lib.watch import Watched
 from metastate import MetaState, Reset, Shuffled
 from model import load
 from sample import generate
 from studies import soft as study
+from studies.carry import Carry
 from studies.small import examples, llada_loss
 from studies.soft import Soft, soft_loss
 from tasks import TASKS, draw
@@ -191,6 +193,17 @@ def test_depth_is_bought():
                     for name in ("metastate", "soft"))
     frozen, reset = right(None), right(Reset(memory))
     assert right(memory) > 36 and max(frozen, reset) < 20 and right(soft) > frozen + 5
+
+
+@pytest.mark.parametrize("wrapped", [lambda m: m, Reset, Watched], ids=["plain", "reset", "seen"])
+def test_a_cache_is_refused(wrapped):
+    """With one a step sees a part of what the state is of; also where a memory is wrapped."""
+    backbone, _ = load("soft", "cpu", torch.float32)
+    for memory in (MetaState.load(CHECKPOINTS["soft"] / "soft.safetensors", backbone),
+                   Carry(backbone.config)):
+        with pytest.raises(InputError, match=f"with a cache {type(memory).__name__} would not see"):
+            generate(backbone, torch.tensor([[5, 6, 7]]), gen_length=16, block_length=16,
+                     steps=16, memory=wrapped(memory), cache="dual")
 
 
 def test_few_steps_are_enough_for_who_reads_softly():

@@ -36,6 +36,12 @@ def test_intervals_over_prompts():
     assert every == (100, pytest.approx(100 * 100 / 103.84, abs=0.01), pytest.approx(100))
 
 
+def test_seeds_and_prompts_are_drawn_apart():
+    """As many of the one as of the other, and a single task: the bootstrap's mean is the mean."""
+    measured = Accuracies({"frozen": np.eye(3)[:, None, None]}, draws=4000)
+    assert measured.draws["frozen"].mean() == pytest.approx(1 / 3, abs=0.02)
+
+
 def test_intervals_over_training_seeds():
     """Seeds that differ widen the interval even where prompts are many, and by what a mean of that
     many seeds has as its error."""

@@ -220,6 +220,12 @@ def test_the_check_survives_any_text():
             assert STORY.check(prompt, text) is False
 
 
+def test_doubt_does_not_multiply():
+    """A sentence that fits two of the table, again and again: readings that are alike are one."""
+    text = ' "Shall we swap?" asked Max.' * 40
+    assert {"plot"} <= kinds('"Shall we swap?" asked Tom. "Shall we swap?" asked Ben.', text)
+
+
 def test_two_that_differ_are_never_the_same():
     """Hero and friend, both colours, both hiding places."""
     for one, two in DIFFERENT.items():
