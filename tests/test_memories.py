@@ -308,6 +308,16 @@ def test_blocks_are_revealed_one_after_the_other():
     assert not masked.any()
 
 
+def test_shipped_memories_are_of_the_code_that_is_here(capsys):
+    """Each of them loads, and no line says that its class has changed."""
+    files = sorted((ROOT / "checkpoints").glob("*/*.safetensors"))
+    memories = [file for file in files if file.name != "model.safetensors"]
+    assert len(memories) >= 15
+    for file in memories:
+        load_memory(file, load(file.parent.name, "cpu")[0])
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("reveal", ["sure", "blocks"])
 def test_a_memory_is_trained_along_samplers_trajectories(reveal, tmp_path, monkeypatch):
     """train.py's own command line, with two more choices."""
