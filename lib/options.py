@@ -230,13 +230,13 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
             "eval_every", "checkpointing", "compile", "run")
     first = [x for micro in range(args.micros) for x in batch(0, micro) if x is not None]
     file, init = getattr(args, "data", None), getattr(args, "init", None)
+    own = [*map(identity.of_file, getattr(args, "own", None) or [])]
     sizes = {k: v for k, v in asdict(backbone.config).items() if k != "dtype"}
     return {**{k: v for k, v in vars(args).items() if k not in same},
             "backbone": identity.bits(repr(sizes), backbone.parameters()),
             "dtype": str(next(backbone.parameters()).dtype),
             "init": init and identity.of_file(init),
-            "own": [*map(identity.of_file, getattr(args, "own", None) or [])],
             "tokenizer": identity.of_text(tokenizer.core.to_str()),
             "data": [file and " ".join(map(identity.of_file, getattr(file, "files", [file]))),
                      identity.bits("", first)],
-            "code": identity.of_code(*code)}
+            "code": identity.of_code(*code), **({"own": own} if own else {})}
