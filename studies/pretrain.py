@@ -8,6 +8,7 @@ LLaDA of 0.4 or 0.5 M parameters, for stories of 1.5 M, and its pretraining on t
     python -m studies.pretrain countdown --out out/countdown  # from checkpoints/tiny, 55 min on one
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on a GPU
     python -m studies.pretrain stories --from out/stories --lessons --out out/taught  # docs/data.md
+    python -m studies.pretrain stories --from out/taught --own own.jsonl --out out/told      # too
     python -m studies.pretrain show chain                     # held-out prompts with their answers
     python -m studies.pretrain show track4-128 --number 1     # four hops through 128 tokens
 

@@ -1,5 +1,6 @@
 """How a model of stories is pretrained, by `python -m studies.pretrain stories`: from nothing on
-whole stories, then, from such weights on, on excerpts and contrasts beside them."""
+whole stories, then, from such weights on, on excerpts and contrasts beside them, and on stories
+that it told itself."""
 from __future__ import annotations
 
 import argparse
