@@ -4,8 +4,8 @@
 
 MetaState's M slots read all positions and are read by all; here nothing is mixed, as in Loopholing
 (arXiv 2510.19304) and its relatives: what the backbone made of a position at one step comes back to
-that position at the next. The state grows with the sequence, and a cache, with which a
-step does not see all of it, is refused.
+that position at the next. The state grows with the sequence, and a cache, with which a step does
+not see all of it, is refused.
 """
 from __future__ import annotations
 
