@@ -253,6 +253,7 @@ def test_the_same_seed_asks_the_same_prompts(capsys):
     (["--budgets", "1,,2"], ["--budgets"]), (["--thresholds", "0.5,x"], ["'x'"]),
     (["--thresholds", "1.5"], ["1.5"]), (["--thresholds", "nan"], ["nan"]),
     (["--prompts", "0"], ["--prompts"]), (["--memory", "none.safetensors"], ["none.safetensors"]),
+    (["--ckpt", "stories", "--budgets", "2,3"], ["54 steps", "5 blocks"]),
     (["--ckpt", str(DATA / "llada")], ["tokenizer"])], ids=str)
 def test_arguments_that_make_no_sense(argv, words, capsys):
     """One line and exit code 2, before anything is decoded."""
