@@ -21,7 +21,7 @@ class Carry(nn.Module):
     """e' = e + W norm(s; t),  s' = Updater(s, h, t), position by position: MetaState without Mixer
     and Injector. W and the state (B, max_len, d) are 0 at first."""
 
-    caches = False
+    caches = False  # its state is of all positions, from the first on
 
     def __init__(self, config: Config):
         super().__init__()

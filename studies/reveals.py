@@ -20,10 +20,8 @@ import torch
 import train
 from lib.cli import Parser
 from lib.options import training_parser
-from studies.stories import told_right
+from studies.stories import BLOCK, told_right
 from tasks import draw
-
-BLOCK = 32  # tokens, as sampling has them
 
 
 def sure(loss: torch.Tensor, count: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -57,14 +55,14 @@ def blocks(loss: torch.Tensor, count: torch.Tensor, _: torch.Generator) -> torch
     return rank.argsort(1).argsort(1) < count[:, None]
 
 
-
 REVEALS = {**train.REVEALS, "sure": sure, "blocks": blocks}
 
 
 # ------------------------------------------------------------------ command line
 def drawn(told: list[tuple[str, str]], name: str, rng: random.Random,
           held_out: bool) -> tuple[str, str]:
-    """`draw`, but two in three to train on are of those told, as checkpoints/stories had them."""
+    """`draw`, but two in three to train on are of those told, as checkpoints/stories had them.
+    # our choice"""
     own = not held_out and rng.random() < 2 / 3
     return rng.choice(told) if own else draw(name, rng, held_out)
 

@@ -81,7 +81,7 @@ def told_right(files: list[str]) -> list[tuple[str, str]]:
     right = [pair for pair in told if task.check(*pair) and not is_held_out(task, *pair)]
     require(bool(right), f"{', '.join(files)}: no story there is right")
     if processes()[0] == 0:
-        note(f"{len(right)} of {len(told)} stories are right, and none of the held-out ones")
+        note(f"{len(right)} of {len(told)} stories are right and not held out")
     return right
 
 
@@ -222,7 +222,7 @@ def pretrain_stories(args: argparse.Namespace) -> None:
                 return contrast(backbone, *data, ends, generator), {}
             return llada_loss(backbone, *data, generator, among=torch.isin(data[1], ends),
                               least=float(few > 0)), {}
-        if own and micro == 0:  # in odd steps, as large a part as the lessons'
+        if own and micro == 0:  # in odd steps, as large a part as the lessons': ours
             return llada_loss(backbone, *batch(step // 2), generator, block=BLOCK), {}
         return llada_loss(backbone, *(own or batch)(step), generator, loss, block=BLOCK), {}
 
