@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python sample.py --prompt "Once upon a time"
+	$(VENV)/bin/python sample.py --prompt "Once upon a time" --threshold 0.999 --compare \
+	    --memory checkpoints/stories/metastate.safetensors
 	$(VENV)/bin/python sample.py --steps 3 --memory checkpoints/tiny/metastate.safetensors --compare
 
 test: $(VENV)/installed

@@ -105,7 +105,7 @@ def load_memory(path: str | Path, backbone, frozen: bool = True) -> nn.Module:
     if not same and dtype_of(backbone) == torch.float16:  # which rounds what the hash is made of
         note(f"whether {path} was trained for this backbone is not to be seen in float16")
     else:
-        require(same, f"{path} was trained for another backbone")
+        require(same, f"{path} was trained for another backbone: pass the --ckpt it is for")
     if stated.get("code") not in (None, identity.of_modules(memory)):
         note(f"{path} was made by other code of {name} than there is now, and may not do what it "
              "did")
