@@ -53,7 +53,7 @@ def test_a_gpu_gets_the_same_batches(monkeypatch):
 def test_a_command_ends_with_its_workers(tmp_path):
     """Also while they still work."""
     code = ("import torch\nfrom lib.ahead import Ahead\nif __name__ == '__main__':\n"
-            "    print(Ahead(torch.arange, lambda key: key + 1, 1)(3).tolist())\n")
+            "    print(Ahead(torch.arange, lambda key: key + 1, 2)(3).tolist())\n")
     path = tmp_path / "command.py"
     path.write_text(code)
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120,
