@@ -3,24 +3,31 @@
     python -m studies.picture --memory checkpoints/tiny/metastate.safetensors
     python -m studies.picture --memory FILE --task sums --steps 4 --seed 7 --out out/sums.svg
     python -m studies.picture --memory FILE --slots --steps 12 --out out/slots.svg
+    python -m studies.picture --ckpt stories --task stories --prompt "Once upon a time" --steps 80 \
+        --memory checkpoints/stories/metastate.safetensors --out out/story.svg
 
 The same prompt and the same number of steps, side by side: masked positions are light blocks, what
 a step commits is highlighted, what is settled is plain, and at the end stands what the task's own
-check says. Without --seed the prompt is the first held-out one that is solved with the memory only,
-and the caption says so. The picture is an SVG that moves by CSS alone, for a light and a dark page;
-where nothing moves it shows the end. --slots draws instead what the memory does meanwhile: how far
-each slot moves in each step, and how sure the model is of the best token at each position.
+check says. Without --seed or --prompt the prompt is the first held-out one that is solved with the
+memory only, and the caption says so. The picture is an SVG that moves by CSS alone, for a light and
+a dark page; where nothing moves it shows the end. --slots draws instead what the memory does
+meanwhile: how far each slot moves in each step, and how sure the model is of the best token at each
+position.
 """
 from __future__ import annotations
 
+import argparse
 import random
 import sys
+from textwrap import wrap
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 import torch
 
-from lib.cli import InputError, Parser, command, count, one_of, seed
+from lib.asked import Asked, understood
+from lib.checks import block_of
+from lib.cli import InputError, Parser, command, count, one_of, seed, written
 from lib.files import write_text
 from lib.hub import stated
 from lib.live import NEWLINE, answer_text
@@ -33,11 +40,12 @@ from lib.watch import Watched
 from metastate import MetaState
 from model import Backbone, load
 from sample import Sample, generate
-from tasks import TASKS, Task, draw, find_task
+from tasks import TASKS, draw, find_task
 
 SEEDS = 200              # prompts to choose from
-SECOND, REST = 0.9, 4.0  # that a step is shown, and the end
+SECOND, MOST, REST = 0.9, 20.0, 4.0  # that a step is shown, all of them at most, and the end
 CELL, ROW, MARGIN = 16, 24, 20  # pixels: a position's width, a line's height, around everything
+LETTER = 9
 END = "\u00b7"           # how EOS looks
 VERDICTS = {True: ("right", -5, "l4 5l8 -11"), False: ("wrong", -9, "l9 9m0 -9l-9 9")}  # drawn
 STYLE = """
@@ -65,30 +73,55 @@ class Denoising(NamedTuple):
     steps: list[int]
     forwards: int
     right: bool          # by the task's check
+    faults: list[str]    # what is wrong, where the check says so
+    is_text: bool
+
+    def places(self, width: int) -> list[tuple[int, int, int]]:
+        """Where each token stands in lines of `width` pixels: (left, line, its own width). Those of
+        a text stand as its words do, others in cells that are as wide as the widest needs."""
+        if not self.is_text:
+            cell = max(CELL, LETTER * max(map(len, self.tokens)) + 7)
+            return [(cell * (i % (width // cell)), i // (width // cell), cell)
+                    for i in range(len(self.tokens))]
+        found, left, line = [], 0, 0
+        for i, token in enumerate(self.tokens):
+            space = LETTER * (left > 0 and token.startswith(" "))
+            word = "".join(self.tokens[i:]).lstrip().split(" ")[0]
+            if space and left + space + LETTER * len(word) > width:
+                left, line, space = 0, line + 1, 0
+            found.append((left + space, line, LETTER * len(token.strip())))
+            left += space + found[-1][2]
+        return found
 
 
-def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, task: Task, prompt: str,
-              length: int, steps: int, memory: MetaState | None) -> Denoising:
-    """Denoise a prompt, one block of `length` positions in so many steps, and note what happens."""
+def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, asked: Asked, length: int,
+              steps: int, memory: MetaState | None) -> Denoising:
+    """Denoise a prompt to `length` positions in so many steps, and note what happens. Of a text
+    only what is before its end is kept."""
     c, device = backbone.config, backbone.embedding.weight.device
-    ids, committed = torch.tensor([tokenizer.encode(prompt)], device=device), [0] * length
+    ids, committed = torch.tensor([tokenizer.encode(asked.prompt)], device=device), [0] * length
 
     def note(step: Sample) -> None:
         for i in step.fresh[0, ids.shape[1]:].nonzero()[:, 0].tolist():
             committed[i] = step.forwards
 
-    sample = generate(backbone, ids, memory=memory, gen_length=length, block_length=length,
-                      steps=steps, on_step=note)
-    answer = sample.ids[0, ids.shape[1]:]
-    texts = [END if i == c.eos_id else tokenizer.decode([i]) for i in answer.tolist()]
-    right = task.check(prompt, answer_text(answer, tokenizer, c.mask_id, c.eos_id))
-    return Denoising(title, texts, committed, sample.forwards, right)
+    sample = generate(backbone, ids, memory=memory, gen_length=length, steps=steps, on_step=note,
+                      block_length=block_of(length) if asked.lead else length,
+                      stop_at_eos=bool(asked.lead))
+    answer = sample.ids[0, ids.shape[1]:].tolist()
+    right, words, _ = asked.verdict(answer_text(sample.ids[0, ids.shape[1]:], tokenizer, c.mask_id,
+                                                c.eos_id))
+    if asked.lead and c.eos_id in answer:
+        answer = answer[:answer.index(c.eos_id)]
+    texts = [END if i == c.eos_id else tokenizer.decode([i]) for i in answer]
+    faults = words.partition(": ")[2].split("; ") if asked.lead else []
+    return Denoising(title, texts, committed, sample.forwards, right, faults, bool(asked.lead))
 
 
-def both(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompt: str, length: int,
-         steps: int, memory: MetaState) -> list[Denoising]:
+def both(backbone: Backbone, tokenizer: Tokenizer, asked: Asked, length: int, steps: int,
+         memory: MetaState) -> list[Denoising]:
     """A prompt denoised without and with the memory."""
-    return [denoising(title, backbone, tokenizer, task, prompt, length, steps, used)
+    return [denoising(title, backbone, tokenizer, asked, length, steps, used)
             for title, used in (("without memory", None), ("with memory", memory))]
 
 
@@ -111,16 +144,17 @@ class Picture:
 
     def style(self) -> str:
         """The CSS: colours, and for each span of frames an animation that is opaque in those. A
-        frame takes a SECOND, the last one REST."""
-        seconds, rules = (self.total - 1) * SECOND + REST, STYLE
+        frame takes a SECOND, or less where they are many, the last one REST more."""
+        second, rules = min(SECOND, MOST / self.total), STYLE
+        seconds = (self.total - 1) * second + REST
         light, dark = (" ".join(f"{what}: {colours[i]} }}" for what, colours in COLOURS.items())
                        for i in (0, 1))
         rules += f"  {light}\n  @media (prefers-color-scheme: dark) {{ {dark} }}\n"
         rules += f"  * {{ animation-duration: {seconds:g}s }}\n"
         for first, after in sorted(self.spans):
-            stops = {0: 0, 100 * first * SECOND / seconds: 1}
+            stops = {0: 0, 100 * first * second / seconds: 1}
             if after < self.total:
-                stops[100 * after * SECOND / seconds] = 0
+                stops[100 * after * second / seconds] = 0
             rules += f"  @keyframes from{first}to{after} {{ " + " ".join(
                 f"{at:.4g}% {{ opacity: {opacity} }}" for at, opacity in stops.items()) + " }\n"
         return rules
@@ -130,17 +164,17 @@ class Picture:
         the forwards so far, and the verdict. Returns the y of its last line."""
         self.elements.append(f'<g id="{what.title.replace(" ", "-")}">')
         self.add("text", "title", what.title, x=x, y=y)
-        cell = max(CELL, 9 * max(map(len, what.tokens)) + 7)  # room for the widest token
-        a_line = width // cell
-        for i, (token, step) in enumerate(zip(what.tokens, what.steps)):
-            left, top = x + cell * (i % a_line), y + 12 + ROW * (i // a_line)
-            box = dict(x=left + 1, y=top, width=cell - 2, height=ROW - 4, rx=3)
-            text = dict(text=token.replace("\n", NEWLINE), x=left + cell / 2, y=top + 15)
+        places = what.places(width)
+        for token, step, (left, line, wide) in zip(what.tokens, what.steps, places):
+            left, top = x + left, y + 12 + ROW * line
+            box = dict(x=left + 1, y=top, width=wide - 2, height=ROW - 4, rx=3)
+            text = dict(text=token.strip() if what.is_text else token.replace("\n", NEWLINE),
+                        x=left + wide / 2, y=top + 15)
             self.add("rect", "mask", frames=range(0, step), **box)
             self.add("rect", "fresh", frames=range(step, step + 1), **box)
             self.add("text", "bold", frames=range(step, step + 1), **text)
             self.add("text", "token", frames=range(step + 1, self.total), **text)
-        y += 12 + ROW * -(-len(what.tokens) // a_line) + 18
+        y += 12 + ROW * (1 + max((line for _, line, _ in places), default=0)) + 18
         for k in range(what.forwards + 1):
             end = k == what.forwards
             self.add("text", "quiet" if end else "quiet soon", f"{k} of {what.forwards} forwards",
@@ -149,6 +183,10 @@ class Picture:
         finally_ = range(self.total - 1, self.total)
         self.add("path", word, frames=finally_, d=f"M{x + 134} {y + rise}{line}", stroke_width=2.5)
         self.add("text", word, word, finally_, x=x + 152, y=y)
+        for fault in what.faults:
+            for line in wrap(fault, width // LETTER):
+                y += ROW - 4
+                self.add("text", word, line, finally_, x=x, y=y)
         self.elements.append("</g>")
         return y
 
@@ -157,10 +195,9 @@ def picture(prompt: str, caption: str, panels: list[Denoising], width: int = 24 
     """The SVG of a prompt and what became of it, side by side, each `width` pixels wide."""
     drawing = Picture(max(what.forwards for what in panels) + 2)
     w, y = len(panels) * (width + MARGIN) + MARGIN, MARGIN + 14
-    characters = (w - 2 * MARGIN) // 9 - 1
     for line in prompt.rstrip("\n").split("\n"):
-        for i in range(0, max(1, len(line)), characters):
-            drawing.add("text", "prompt", line[i:i + characters], x=MARGIN, y=y)
+        for part in wrap(line, (w - 2 * MARGIN) // LETTER - 1) or [""]:
+            drawing.add("text", "prompt", part, x=MARGIN, y=y)
             y += 20
     y = max(drawing.panel(what, MARGIN + i * (width + MARGIN), y + 16, width)
             for i, what in enumerate(panels)) + 34
@@ -219,11 +256,25 @@ def parser() -> Parser:
     p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
     p.add_argument("--slots", action="store_true", help="what the memory does, not the tokens")
     p.add_argument("--steps", type=count, default=6, help="denoising steps")
-    p.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that is "
-                   "solved with the memory only)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that "
+                       "is solved with the memory only)")
+    which.add_argument("--prompt", type=written, help="one of your own, as the task has them")
     p.add_argument("--out", type=output_file, metavar="FILE", default="out/denoising.svg",
                    help="default: out/denoising.svg")
     return p
+
+
+def asked_of(args: argparse.Namespace, number: int | None) -> tuple[Asked, str]:
+    """The prompt that the command line asks for, or the task's held-out one of this number, and
+    what to say of it."""
+    if args.prompt is None:
+        prompt, _ = draw(args.task, random.Random(number), held_out=True)
+        return Asked(prompt, find_task(args.task)), f"{args.task}, seed {number}: a held-out prompt"
+    asked = understood(args.prompt, args.ckpt, TASKS, [args.task])
+    if asked.task is None:
+        raise InputError(f"--prompt: {args.task} has no such prompts")
+    return asked, f"{args.task}: a prompt of one's own"
 
 
 @command
@@ -234,24 +285,22 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, length = needed(tokenizer, args.ckpt), stated(args.ckpt).length
     memory = MetaState.load(args.memory, backbone)
     if args.slots:
-        chosen = args.seed or 0
-        prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
-        caption = f"{args.task}, seed {chosen}: a held-out prompt, {args.steps} steps"
-        steps = slot_steps(backbone, tokenizer, prompt, length, args.steps, memory)
-        write_text(args.out, slot_picture(steps, caption))
+        asked, caption = asked_of(args, args.seed or 0)
+        steps = slot_steps(backbone, tokenizer, asked.prompt, length, args.steps, memory)
+        write_text(args.out, slot_picture(steps, f"{caption}, {args.steps} steps"))
         print(f"wrote {args.out}")
         return
-    for chosen in progress(range(SEEDS) if args.seed is None else [args.seed], "prompts"):
-        prompt, _ = draw(args.task, random.Random(chosen), held_out=True)
-        panels = both(backbone, tokenizer, find_task(args.task), prompt, length, args.steps, memory)
-        if args.seed is not None or [what.right for what in panels] == [False, True]:
+    chosen = args.seed is None and args.prompt is None
+    for number in progress(range(SEEDS) if chosen else [args.seed], "prompts"):
+        asked, caption = asked_of(args, number)
+        panels = both(backbone, tokenizer, asked, length, args.steps, memory)
+        if not chosen or [what.right for what in panels] == [False, True]:
             break
     else:
         raise InputError(f"none of {SEEDS} prompts of {args.task} is solved with the memory only: "
                          "pass --seed, --task or --steps")
-    caption = f"{args.task}, seed {chosen}: a held-out prompt" + (
-        ", chosen to show this, the first solved with the memory only" * (args.seed is None))
-    write_text(args.out, picture(prompt, caption, panels))
+    caption += ", chosen to show this, the first solved with the memory only" * chosen
+    write_text(args.out, picture(asked.prompt, caption, panels))
     print(f"wrote {args.out}")
 
 

@@ -27,11 +27,11 @@ def tiny():
     return load("tiny", "cpu")
 
 
-def drawn(tmp_path, *argv: str) -> ElementTree.Element:
-    """The picture that the command writes, parsed."""
+def drawn(tmp_path, *argv: str, memory: str = MEMORY, most: int = 60_000) -> ElementTree.Element:
+    """The picture that the command writes, of `most` bytes, parsed."""
     out = tmp_path / "picture.svg"
-    assert picture.main(["--memory", MEMORY, "--device", "cpu", "--out", str(out), *argv]) == 0
-    assert out.stat().st_size < 60_000
+    assert picture.main(["--memory", memory, "--device", "cpu", "--out", str(out), *argv]) == 0
+    assert out.stat().st_size < most
     return ElementTree.fromstring(out.read_text(encoding="utf-8"))
 
 
@@ -101,6 +101,38 @@ def test_every_frame_is_what_the_step_left(tiny, tmp_path, task, steps):
         assert not parts(panel, "text", {"right": "wrong", "wrong": "right"}[word])
 
 
+def test_a_text_stands_in_words_and_below_it_what_is_wrong(tmp_path):
+    """A story is what generate tells, from block to block up to its end: words whole, a space
+    between two, no box over another or over the panel's edge; below it stand the check's faults.
+    The prompt is one's own, and the caption does not say that it was drawn."""
+    folder = ROOT / "checkpoints" / "stories"
+    memory, prompt, task = folder / "metastate.safetensors", "Once upon a time", TASKS["stories"]
+    root = drawn(tmp_path, "--ckpt", "stories", "--task", "stories", "--steps", "20", "--prompt",
+                 prompt, memory=str(memory), most=200_000)
+    assert prompt_of(root) == prompt + "\n" and "seed" not in parts(root, "title")[0].text
+    backbone, tokenizer = load("stories", "cpu")
+    ids, eos = torch.tensor([tokenizer.encode(prompt)]), backbone.config.eos_id
+    for panel, left in zip(parts(root, "g"), (20, 424)):
+        used = MetaState.load(memory, backbone) if TITLES[panel.get("id")] else None
+        sample = generate(backbone, ids, memory=used, gen_length=160, block_length=32, steps=20,
+                          stop_at_eos=True)
+        answer = sample.ids[0, ids.shape[1]:].tolist()
+        text = tokenizer.decode(answer[:answer.index(eos)])
+        rebuilt, x, y = "", left, None
+        for box, token in zip(parts(panel, "rect", "mask"), parts(panel, "text", "token")):
+            start, wide = float(box.get("x")) - 1, float(box.get("width")) + 2
+            new_line = y != float(box.get("y"))
+            assert start == left if new_line else start - x in (0, 9)
+            rebuilt += " " * (new_line or start > x) + token.text
+            x, y = start + wide, float(box.get("y"))
+            assert x <= left + 384 and wide == 9 * len(token.text)
+        assert rebuilt.split() == text.split() and rebuilt.strip() == text.strip()
+        assert max(span(e)[1] for e in parts(panel, "rect", "fresh")) <= sample.forwards + 1
+        word, *faults = [e.text for e in parts(panel, "text", "wrong")]
+        assert word == "wrong" and " ".join(faults) == " ".join(task.faults(prompt, text))
+        assert not parts(panel, "text", "right")
+
+
 def test_forwards_are_counted_frame_by_frame(tmp_path):
     """One count at a time, and the last one stays."""
     root = drawn(tmp_path, "--task", "sums", "--steps", "4", "--seed", "0")
@@ -138,17 +170,23 @@ def test_it_moves_without_scripts_and_looks_for_nothing_outside(tmp_path):
     assert "url(" not in style and "@import" not in style and "@font-face" not in style
 
 
-def test_the_picture_in_docs_is_of_this_format():
-    """The shipped picture is read by the same eyes: two panels, one of them wrong, one right."""
-    root = ElementTree.parse(ROOT / "docs" / "denoising.svg").getroot()
-    assert [panel.get("id") for panel in parts(root, "g")] == list(TITLES)
-    assert len(parts(root, "text", "wrong")) == len(parts(root, "text", "right")) == 1
-    assert (ROOT / "docs" / "denoising.svg").stat().st_size < 60_000
+@pytest.mark.parametrize("name, verdicts, most", [
+    ("denoising", ["wrong", "right"], 60_000), ("story", ["wrong", "right"], 120_000)])
+def test_the_pictures_in_docs_are_of_this_format(name, verdicts, most):
+    """The shipped pictures are read by the same eyes: two panels, and what became of each."""
+    file = ROOT / "docs" / f"{name}.svg"
+    panels = parts(ElementTree.parse(file).getroot(), "g")
+    assert [panel.get("id") for panel in panels] == list(TITLES)
+    assert [panel.find("{*}path").get("class") for panel in panels] == verdicts
+    assert file.stat().st_size < most
 
 
 @pytest.mark.parametrize("argv, word", [
     (["--memory", "none.safetensors"], "none.safetensors"), ([], "--memory"),
     (["--memory", MEMORY, "--task", "chess"], "chess"),
+    (["--memory", MEMORY, "--task", "sudoku", "--prompt", "1... 2..."], "sudoku"),
+    (["--memory", MEMORY, "--task", "follow", "--prompt", "a text"], "follow"),
+    (["--memory", MEMORY, "--seed", "1", "--prompt", "a text"], "--seed"),
     (["--memory", MEMORY, "--steps", "0"], "--steps")], ids=str)
 def test_arguments_that_make_no_sense(argv, word, capsys):
     """One line and exit code 2."""

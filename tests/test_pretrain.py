@@ -33,7 +33,7 @@ from studies.stories import (AGAIN, CONTRASTS, LESSONS, POOL, STORIES, STORY_LEN
 from tasks import TASKS, draw, is_held_out
 from tasks.haystack import KINDS, LENGTHS
 from tasks.sentences import DIFFERENT, FACTS
-from tasks.stories import SENTENCE, choose_facts
+from tasks.stories import SENTENCE, choose_facts, read
 from train import fit
 
 
@@ -615,6 +615,22 @@ def test_its_own_stories_are_learned_where_they_are_right(few, words, tmp_path, 
         assert fault in capfd.readouterr().err
     assert pretrain.main(["stories", "--own", str(file), "--out", str(tmp_path / "out")]) == 2
     assert "need --from" in capfd.readouterr().err
+
+
+def test_its_own_stories_are_chosen_evenly():
+    """Where they have two plots, of which one is rare, both come alike often; and of a plot that
+    has one thing nine times as often as another the one comes three times as often."""
+    rng, kinds = random.Random(0), {}
+    while len(kinds) < 60:  # a story of each plot and thing
+        told = draw("stories", rng, False)
+        story = read(*told)
+        kinds.setdefault((*{plot for plot, _ in story.places}, story.facts["kite"]), told)
+    (often, rare), other = [told for (plot, _), told in kinds.items() if plot == "lost"][:2], next(
+        told for (plot, _), told in kinds.items() if plot == "wet")
+    chosen = collections.Counter(stories.evenly([often] * 90 + [rare] * 10 + [other] * 5))
+    assert chosen.total() == stories.EVEN
+    assert chosen[other] / stories.EVEN == pytest.approx(0.5, abs=0.03)
+    assert chosen[often] / chosen[rare] == pytest.approx(3, abs=0.4)
 
 
 def test_pretraining_on_stories(few, words, tmp_path, monkeypatch):
