@@ -3,15 +3,15 @@
     python -m studies.picture --memory checkpoints/tiny/metastate.safetensors
     python -m studies.picture --memory FILE --task sums --steps 4 --seed 7 --out out/sums.svg
     python -m studies.picture --memory FILE --slots --steps 12 --out out/slots.svg
-    python -m studies.picture --ckpt stories --task stories --prompt "Once upon a time" --steps 80 \
-        --memory checkpoints/stories/metastate.safetensors --out out/story.svg
+    python -m studies.picture --ckpt stories --prompt "Once upon a time" --out out/story.svg \
+        --memory checkpoints/stories/metastate.safetensors
 
 The same prompt and the same number of steps, side by side: masked positions are light blocks, what
 a step commits is highlighted, what is settled is plain, and at the end stands what the task's own
 check says. Without --seed or --prompt the prompt is the first held-out one that is solved with the
 memory only, and the caption says so. The picture is an SVG that moves by CSS alone, for a light and
-a dark page; where nothing moves it shows the end. --slots draws instead what the memory does
-meanwhile: how far each slot moves in each step, and how sure the model is of the best token at each
+a dark page; where nothing moves it shows the end. --slots draws instead what the memory does in one
+block: how far each slot moves in each step, and how sure the model is of the best token at each
 position.
 """
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lib.live import NEWLINE, answer_text
 from lib.options import add_model_options, with_text
 from lib.outputs import output_file, tensors_file
 from lib.progress import progress
-from lib.terminal import printable
+from lib.terminal import note, printable
 from lib.tokenizer import Tokenizer, needed
 from lib.watch import Watched
 from metastate import MetaState
@@ -97,15 +97,15 @@ class Denoising(NamedTuple):
 def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, asked: Asked, length: int,
               steps: int, memory: MetaState | None) -> Denoising:
     """Denoise a prompt to `length` positions in so many steps, and note what happens. Of a text
-    only what is before its end is kept."""
+    only what is before its end is kept, and the forwards that committed it."""
     c, device = backbone.config, backbone.embedding.weight.device
     ids, committed = torch.tensor([tokenizer.encode(asked.prompt)], device=device), [0] * length
 
-    def note(step: Sample) -> None:
+    def see(step: Sample) -> None:
         for i in step.fresh[0, ids.shape[1]:].nonzero()[:, 0].tolist():
             committed[i] = step.forwards
 
-    sample = generate(backbone, ids, memory=memory, gen_length=length, steps=steps, on_step=note,
+    sample = generate(backbone, ids, memory=memory, gen_length=length, steps=steps, on_step=see,
                       block_length=block_of(length) if asked.lead else length,
                       stop_at_eos=bool(asked.lead))
     answer = sample.ids[0, ids.shape[1]:].tolist()
@@ -115,7 +115,9 @@ def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, asked: Asked
         answer = answer[:answer.index(c.eos_id)]
     texts = [END if i == c.eos_id else tokenizer.decode([i]) for i in answer]
     faults = words.partition(": ")[2].split("; ") if asked.lead else []
-    return Denoising(title, texts, committed, sample.forwards, right, faults, bool(asked.lead))
+    committed = committed[:len(answer)]
+    return Denoising(title, texts, committed, max(committed, default=sample.forwards), right,
+                     faults, bool(asked.lead))
 
 
 def both(backbone: Backbone, tokenizer: Tokenizer, asked: Asked, length: int, steps: int,
@@ -253,12 +255,14 @@ def parser() -> Parser:
     add_model_options(p, compiled=False, kind=with_text)
     p.add_argument("--memory", type=tensors_file, metavar="FILE", required=True,
                    help="a MetaState memory trained for it")
-    p.add_argument("--task", type=one_of(TASKS, "task"), default="chain")
+    p.add_argument("--task", type=one_of(TASKS, "task"), help="one that the checkpoint knows "
+                   "(default: chain, or the first)")
     p.add_argument("--slots", action="store_true", help="what the memory does, not the tokens")
-    p.add_argument("--steps", type=count, default=6, help="denoising steps")
+    p.add_argument("--steps", type=count, help="denoising steps (default: 6, or one for two tokens "
+                   "of a text)")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--seed", type=seed, help="of the prompt (default: the first from 0 on that "
-                       "is solved with the memory only)")
+                       "is solved with the memory only; with --slots 0)")
     which.add_argument("--prompt", type=written, help="one of your own, as the task has them")
     p.add_argument("--out", type=output_file, metavar="FILE", default="out/denoising.svg",
                    help="default: out/denoising.svg")
@@ -274,6 +278,8 @@ def asked_of(args: argparse.Namespace, number: int | None) -> tuple[Asked, str]:
     asked = understood(args.prompt, args.ckpt, TASKS, [args.task])
     if asked.task is None:
         raise InputError(f"--prompt: {args.task} has no such prompts")
+    if asked.hint:
+        note(asked.hint)
     return asked, f"{args.task}: a prompt of one's own"
 
 
@@ -282,7 +288,12 @@ def main(argv: list[str] | None = None) -> None:
     """Write the picture that the command line asks for."""
     args = parser().parse_args(argv)
     backbone, tokenizer = load(args.ckpt, args.device, args.dtype)
-    tokenizer, length = needed(tokenizer, args.ckpt), stated(args.ckpt).length
+    tokenizer, (length, known) = needed(tokenizer, args.ckpt), stated(args.ckpt)
+    args.task = args.task or ("chain" if "chain" in known or not known else known[0])
+    if known and args.task not in known:
+        raise InputError(f"--task {args.task}: {args.ckpt} was trained on {', '.join(known)}")
+    is_text = getattr(TASKS[args.task], "continues", False)
+    args.steps = args.steps or (length // 2 if is_text else 6)
     memory = MetaState.load(args.memory, backbone)
     if args.slots:
         asked, caption = asked_of(args, args.seed or 0)

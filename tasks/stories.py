@@ -259,7 +259,7 @@ class Stories:
                 word.startswith(words[-1].lower()) for word in KNOWN):
             unknown.pop()  # cut off in the middle
         return unknown and ("its few words do not include " + ", ".join(dict.fromkeys(unknown))
-                            + ": it goes on in a little story of its own") or ""
+                            + ": it may go on with a story of its own") or ""
 
     def check(self, prompt, text):
         return not violations(prompt, text)

@@ -80,6 +80,18 @@ def test_forwards_are_counted_per_prompt(tiny, name):
         verdicts, forwards)
 
 
+def test_nobody_is_charged_for_others_blocks():
+    """Where answers have several blocks, a row of a batch waits at the end of each for the others:
+    it is charged what it would take alone."""
+    (backbone, tokenizer), rng = load("stories", "cpu"), random.Random(0)
+    prompts, by = [draw("stories", rng, True)[0] for _ in range(3)], {"steps": 64, "threshold": 0.9}
+    batch, alone = (bench.solve(backbone, tokenizer, TASKS["stories"], prompts, 64, size, **by)[1]
+                    for size in (3, 1))
+    whole = [generate(backbone, torch.tensor([tokenizer.encode(prompt)]), gen_length=64,
+                      block_length=32, **by).forwards for prompt in prompts]
+    assert batch == alone == whole and len({*whole}) > 1
+
+
 def test_what_decodes_may_be_wrapped(tiny):
     """`decode` gets what `generate` takes, each batch's ids and pads among it, and what it returns
     is judged."""

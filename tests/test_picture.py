@@ -107,8 +107,8 @@ def test_a_text_stands_in_words_and_below_it_what_is_wrong(tmp_path):
     The prompt is one's own, and the caption does not say that it was drawn."""
     folder = ROOT / "checkpoints" / "stories"
     memory, prompt, task = folder / "metastate.safetensors", "Once upon a time", TASKS["stories"]
-    root = drawn(tmp_path, "--ckpt", "stories", "--task", "stories", "--steps", "20", "--prompt",
-                 prompt, memory=str(memory), most=200_000)
+    root = drawn(tmp_path, "--ckpt", "stories", "--steps", "20", "--prompt", prompt,
+                 memory=str(memory), most=200_000)
     assert prompt_of(root) == prompt + "\n" and "seed" not in parts(root, "title")[0].text
     backbone, tokenizer = load("stories", "cpu")
     ids, eos = torch.tensor([tokenizer.encode(prompt)]), backbone.config.eos_id
@@ -127,7 +127,9 @@ def test_a_text_stands_in_words_and_below_it_what_is_wrong(tmp_path):
             x, y = start + wide, float(box.get("y"))
             assert x <= left + 384 and wide == 9 * len(token.text)
         assert rebuilt.split() == text.split() and rebuilt.strip() == text.strip()
-        assert max(span(e)[1] for e in parts(panel, "rect", "fresh")) <= sample.forwards + 1
+        last = max(span(e)[0] for e in parts(panel, "rect", "fresh"))
+        assert parts(panel, "text", "quiet")[-1].text == f"{last} of {last} forwards"
+        assert last <= sample.forwards
         word, *faults = [e.text for e in parts(panel, "text", "wrong")]
         assert word == "wrong" and " ".join(faults) == " ".join(task.faults(prompt, text))
         assert not parts(panel, "text", "right")
@@ -186,6 +188,7 @@ def test_the_pictures_in_docs_are_of_this_format(name, verdicts, most):
     (["--memory", MEMORY, "--task", "chess"], "chess"),
     (["--memory", MEMORY, "--task", "sudoku", "--prompt", "1... 2..."], "sudoku"),
     (["--memory", MEMORY, "--task", "follow", "--prompt", "a text"], "follow"),
+    (["--memory", MEMORY, "--task", "stories", "--prompt", "Once"], "trained on sudoku, chain"),
     (["--memory", MEMORY, "--seed", "1", "--prompt", "a text"], "--seed"),
     (["--memory", MEMORY, "--steps", "0"], "--steps")], ids=str)
 def test_arguments_that_make_no_sense(argv, word, capsys):
