@@ -56,8 +56,8 @@ def solve(backbone: Backbone, tokenizer: Tokenizer, task: Task, prompts: list[st
           batch_size: int = 250, decode: Callable[..., Sample] = generate,
           **options) -> tuple[list[bool], list[int]]:
     """Answer prompts in blocks of 32, or in one where 32 does not divide `length`, and judge them:
-    whether each is right, and how many forwards committed some of it: the others, in a batch, are
-    for rows with longer blocks. decode: `generate`, with these options, or something around it."""
+    whether each is right, and how many forwards committed some of it: in a batch others are for
+    rows whose block is not whole yet. decode: `generate`, with these options, or one around it."""
     c, device = backbone.config, backbone.embedding.weight.device
     verdicts, forwards, batches = [], [], math.ceil(len(prompts) / batch_size)
     for i in range(batches):  # of equal size, give or take one

@@ -22,11 +22,15 @@ class Asked(NamedTuple):
         """What the answer is written behind: the prompt, where the task goes on with it."""
         return self.prompt if getattr(self.task, "continues", False) else ""
 
+    def faults(self, text: str) -> list[str]:
+        """What is wrong with an answer, in words, where the task says so."""
+        return getattr(self.task, "faults", lambda prompt, text: [])(self.prompt, text)
+
     def verdict(self, text: str) -> tuple[bool, str, set[str]]:
         """Whether an answer is right, in words, and what kinds of things are wrong."""
         if self.task.check(self.prompt, text):
             return True, "right", set()
-        faults = getattr(self.task, "faults", lambda prompt, text: [])(self.prompt, text)
+        faults = self.faults(text)
         words = "wrong" + (": " if faults else "") + "; ".join(faults)
         return False, words, {fault.partition(":")[0] for fault in faults}
 

@@ -43,9 +43,9 @@ from sample import Sample, generate
 from tasks import TASKS, draw, find_task
 
 SEEDS = 200              # prompts to choose from
-SECOND, MOST, REST = 0.9, 20.0, 4.0  # that a step is shown, all of them at most, and the end
-CELL, ROW, MARGIN = 16, 24, 20  # pixels: a position's width, a line's height, around everything
-LETTER = 9
+SECOND, MOST, REST = 0.9, 20.0, 4.0  # seconds of a step, of all at most, and of the end
+CELL, LETTER, ROW, MARGIN = 16, 9, 24, 20  # pixels: width of a position and of a letter, height of
+                                           # a line, around everything
 END = "\u00b7"           # how EOS looks
 VERDICTS = {True: ("right", -5, "l4 5l8 -11"), False: ("wrong", -9, "l9 9m0 -9l-9 9")}  # drawn
 STYLE = """
@@ -108,16 +108,15 @@ def denoising(title: str, backbone: Backbone, tokenizer: Tokenizer, asked: Asked
     sample = generate(backbone, ids, memory=memory, gen_length=length, steps=steps, on_step=see,
                       block_length=block_of(length) if asked.lead else length,
                       stop_at_eos=bool(asked.lead))
-    answer = sample.ids[0, ids.shape[1]:].tolist()
-    right, words, _ = asked.verdict(answer_text(sample.ids[0, ids.shape[1]:], tokenizer, c.mask_id,
-                                                c.eos_id))
+    answer = sample.ids[0, ids.shape[1]:]
+    text = answer_text(answer, tokenizer, c.mask_id, c.eos_id)
+    right, answer = asked.task.check(asked.prompt, text), answer.tolist()
     if asked.lead and c.eos_id in answer:
         answer = answer[:answer.index(c.eos_id)]
     texts = [END if i == c.eos_id else tokenizer.decode([i]) for i in answer]
-    faults = words.partition(": ")[2].split("; ") if asked.lead else []
     committed = committed[:len(answer)]
     return Denoising(title, texts, committed, max(committed, default=sample.forwards), right,
-                     faults, bool(asked.lead))
+                     asked.faults(text) if not right else [], bool(asked.lead))
 
 
 def both(backbone: Backbone, tokenizer: Tokenizer, asked: Asked, length: int, steps: int,
@@ -186,9 +185,9 @@ class Picture:
         self.add("path", word, frames=finally_, d=f"M{x + 134} {y + rise}{line}", stroke_width=2.5)
         self.add("text", word, word, finally_, x=x + 152, y=y)
         for fault in what.faults:
-            for line in wrap(fault, width // LETTER):
+            for part in wrap(fault, width // LETTER):
                 y += ROW - 4
-                self.add("text", word, line, finally_, x=x, y=y)
+                self.add("text", word, part, finally_, x=x, y=y)
         self.elements.append("</g>")
         return y
 
