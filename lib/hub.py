@@ -19,6 +19,7 @@ CHECKPOINTS = {  # nickname -> a folder of ours or a hub id
     "halves": OURS / "halves",
     "soft": OURS / "soft",
     "soft-tiny": OURS / "soft-tiny",
+    "sudoku6-hard": OURS / "sudoku6-hard",  # knows both grades: the one that is meant comes first
     "sudoku6": OURS / "sudoku6",
     "countdown": OURS / "countdown",
     "stories": OURS / "stories",

@@ -1,11 +1,12 @@
-"""How checkpoints/tiny, haystack, halves, sudoku6, countdown and stories were made: a tokenizer, a
-LLaDA of 0.4 or 0.5 M parameters, for stories of 1.5 M, and its pretraining on tasks.
+"""How checkpoints/tiny, haystack, halves, sudoku6, sudoku6-hard, countdown and stories were made: a
+tokenizer, a LLaDA of 0.4 or 0.5 M parameters, for stories of 1.5 M, and its pretraining on tasks.
 
     python -m studies.pretrain tiny --out out/tiny            # from nothing, 45 min on two cores
     python -m studies.pretrain haystack --out out/haystack    # from checkpoints/tiny, 10 min on one
     python -m studies.pretrain halves --out out/halves        # from checkpoints/tiny, 6 min on one
     python -m studies.pretrain sudoku6 --out out/sudoku6      # from checkpoints/tiny, 40 min on one
     python -m studies.pretrain countdown --out out/countdown  # from checkpoints/tiny, 55 min on one
+    torchrun --nproc-per-node 2 -m studies.pretrain sudoku6-hard --out out/sudoku6-hard  # 45 min
     python -m studies.pretrain stories --out out/stories      # from nothing, 4 min on a GPU
     python -m studies.pretrain stories --from out/stories --lessons --out out/taught  # docs/data.md
     python -m studies.pretrain stories --from out/taught --own own.jsonl --out out/told      # too
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -84,9 +85,15 @@ def given_sudoku(name: str, step: int, rng: random.Random) -> Task:
     return TASKS[name] if rng.random() < max(0.2, step / 3000) else Sudoku6(least=(10, 30))
 
 
+def as_it_is(name: str, step: int, rng: random.Random) -> Task:
+    """The task itself from the start."""
+    return TASKS[name]
+
+
 def fewer_numbers(name: str, step: int, rng: random.Random) -> Task:
     """Countdowns of two, three or four numbers; of four alone from update 8000 on."""
     return TASKS[name] if rng.random() < max(0.4, step / 8000) else Countdown(rng.randint(2, 3))
+
 
 class Course(NamedTuple):
     """What a model of puzzles learns: each task is a micro-batch."""
@@ -94,6 +101,7 @@ class Course(NamedTuple):
     drawn: Callable[..., Task]          # (name, step, rng) -> what a micro-batch draws
     length: int = GEN_LENGTH            # of an answer
     changes: dict = {}                  # in CONFIG
+    begun: str = "tiny"                 # the model that it goes on from
 
 
 COURSES = {
@@ -102,6 +110,8 @@ COURSES = {
                        changes={"max_sequence_length": 2048}),
     "halves": Course({"halves": TASKS["halves"]}, named_halves, 16),
     "sudoku6": Course({"sudoku6": TASKS["sudoku6"]}, given_sudoku, 42, {"n_layers": 4}),
+    "sudoku6-hard": Course({name: TASKS[name] for name in ("sudoku6", "sudoku6-hard")}, as_it_is,
+                           42, {"n_layers": 4}, "sudoku6"),
     "countdown": Course({"countdown": TASKS["countdown"]}, fewer_numbers, 12, {"n_layers": 4})}
 
 
@@ -125,18 +135,17 @@ def deepened(backbone: Backbone, smaller: Backbone) -> Backbone:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train the tiny model from nothing, or another from the tiny one, which can look things up
-    (from nothing that was not learned in 3,000 updates of haystacks), and write it to
-    `args.out`."""
+    """Train the tiny model from nothing, or another from one that can look things up (from nothing
+    that was not learned in 3,000 updates of haystacks), and write it to `args.out`."""
     tiny, hay = args.command == "tiny", args.command == "haystack"
-    asked, drawn, usual, changes = COURSES[args.command]
+    asked, drawn, usual, changes, begun = COURSES[args.command]
     device, tokenizer = device_of(local_device(args.device)), build_tokenizer()
     config = Config(**config_fields(build_config(tokenizer, **changes)))
     backbone = Backbone(config).initialise(torch.Generator().manual_seed(args.seed))
     if tiny:
         look_nearby(backbone, OFFSETS)
     else:
-        deepened(backbone, load("tiny", "cpu", torch.float32)[0])
+        deepened(backbone, load(begun, "cpu", torch.float32)[0])
     backbone.to(device)
     names = [*asked, "text"] if hay else [*asked]
     args.micros = len(names)
@@ -162,15 +171,14 @@ def pretrain(args: argparse.Namespace) -> None:
         # our choice: most of a text is filler, which nobody can guess
         return loss * (0.1 if name == "text" else 1), {name: loss.item()}
 
+    @lru_cache(maxsize=None)
+    def held_out(name: str) -> Batch:
+        return examples(asked[name], tokenizer, random.Random(0), 256, True, config.eos_id, usual)
+
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        figures = {}
-        for name, task in asked.items():
-            data = examples(task, tokenizer, random.Random(0), 256, True, config.eos_id, usual)
-            generator = torch.Generator().manual_seed(0)
-            loss = llada_loss(backbone, *data, generator)
-            figures[f"held_out_{name}"] = loss.item()
-        return figures
+        return {f"held_out_{name}": llada_loss(
+            backbone, *held_out(name), torch.Generator().manual_seed(0)).item() for name in asked}
 
     out = Path(args.out)
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,
@@ -207,6 +215,7 @@ def parser() -> Parser:
             ("haystack", pretrain, 2000, 32, 6e-4, "short haystacks, from checkpoints/tiny on"),
             ("halves", pretrain, 2000, 48, 1e-3, "half-said paths, from checkpoints/tiny on"),
             ("sudoku6", pretrain, 6000, 32, 1e-3, "6x6 sudokus, from checkpoints/tiny on"),
+            ("sudoku6-hard", pretrain, 5000, 32, 1e-3, "of both grades, from sudoku6 on"),
             ("countdown", pretrain, 15_000, 64, 1e-3, "countdowns, from checkpoints/tiny on"),
             ("stories", pretrain_stories, 12_163, 192, 3e-3, "little stories")):
         q = commands.add_parser(name, help=what)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -144,12 +144,16 @@ def train_on(args: argparse.Namespace) -> None:
         passes = 1 if told else 0 if rng.random() < 0.3 else rng.randint(1, 8)
         return soft_loss(backbone, soft, *batch(step, micro), passes, told, generator), {}
 
+    @lru_cache(maxsize=None)
+    def held_out(name: str):
+        return drawn(name, random.Random(0), 256, True)
+
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        held_out = [drawn(name, random.Random(0), 256, True) for name in names]
         return {f"held_out_{how}": sum(
-            soft_loss(backbone, soft, *data, passes, False, torch.Generator().manual_seed(0)).item()
-            for data in held_out) / len(names) for how, passes in (("bare", 0), ("soft", 8))}
+            soft_loss(backbone, soft, *held_out(name), passes, False,
+                      torch.Generator().manual_seed(0)).item()
+            for name in names) / len(names) for how, passes in (("bare", 0), ("soft", 8))}
 
     out, args.micros = Path(args.out), 1
     fit(dict(backbone.named_parameters()), loss_fn, out / "pretraining", steps=args.steps,

@@ -17,9 +17,10 @@ from tasks.stories import Stories
 
 
 class Task(Protocol):
-    """What a task has to offer. `split_key` and `read` may be missing, and so may `hint(prompt)`,
-    a line for the user before the answer, `faults(prompt, text)`, what is wrong in words, and
-    `continues`, True where an answer goes on in the prompt's own text."""
+    """What a task has to offer. `split_key` and `read` may be missing, and so may `practice(rng)`,
+    a quicker `make` for training, `hint(prompt)`, a line for the user before the answer,
+    `faults(prompt, text)`, what is wrong in words, and `continues`, True where an answer goes on in
+    the prompt's own text."""
 
     def make(self, rng: random.Random) -> tuple[str, str]:
         """One example, a prompt and its answer."""
@@ -57,7 +58,8 @@ def is_held_out(task: Task, prompt: str, answer: str) -> bool:
 def draw(task: Task | str, rng: random.Random, held_out: bool) -> tuple[str, str]:
     """One (prompt, answer) of the wanted side of the split, of a task or the task of that name."""
     task = find_task(task) if isinstance(task, str) else task
+    make = task.make if held_out else getattr(task, "practice", task.make)
     while True:
-        prompt, answer = task.make(rng)
+        prompt, answer = make(rng)
         if is_held_out(task, prompt, answer) == held_out:
             return prompt, answer

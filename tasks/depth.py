@@ -7,6 +7,7 @@ import operator
 import random
 import string
 from fractions import Fraction
+from functools import lru_cache
 
 from tasks.puzzles import Follow, words_of
 
@@ -110,6 +111,8 @@ class Sudoku6:
     to some number from 8 to 16 (`least`); or, if `hard`, while it has one solution, which singles
     alone do not find. The split is by solution grid."""
 
+    pool = 1000  # of hard ones, for training
+
     def __init__(self, hard: bool = False, least: tuple[int, int] = (8, 16)):
         self.hard, self.least = hard, least
 
@@ -125,7 +128,20 @@ class Sudoku6:
                     cells[cell] = grid[cell]
             puzzle = "".join(cells)
             if not (self.hard and by_singles(puzzle)):  # nineteen in twenty are too easy
-                return "sudoku6\n" + self._lines(puzzle) + "\n", self._lines(grid)
+                return self._example(puzzle, grid)
+
+    def practice(self, rng):
+        """To make a hard one takes a tenth of a second. So training has copies of `pool` of them,
+        2.5 million of each: other digits, other orders of the boxes, of the rows and columns in
+        them.  # ours"""
+        if not self.hard:
+            return self.make(rng)
+        rows = [2 * i + k for i in rng.sample(range(3), 3) for k in rng.sample(range(2), 2)]
+        columns = [3 * i + k for i in rng.sample(range(2), 2) for k in rng.sample(range(3), 3)]
+        digits = str.maketrans("123456", "".join(rng.sample("123456", 6)))
+        return self._example(*(
+            "".join(cells[6 * r + c] for r in rows for c in columns).translate(digits)
+            for cells in hard_sudoku(rng.randrange(self.pool))))
 
     def _fine(self, puzzle: str) -> bool:
         return by_singles(puzzle) or self.hard and has_one_solution(puzzle)
@@ -134,6 +150,9 @@ class Sudoku6:
     def _lines(cells: str) -> str:
         return "\n".join(cells[i:i + 6] for i in range(0, 36, 6))
 
+    def _example(self, puzzle: str, grid: str) -> tuple[str, str]:
+        return f"sudoku6\n{self._lines(puzzle)}\n", self._lines(grid)
+
     def read(self, text):
         words = words_of(text, "sudoku6", r"(\s*[1-6.]){36}", "36 cells, row by row: 1 to 6, and . "
                          "for what is to be found")
@@ -141,7 +160,7 @@ class Sudoku6:
             return None
         if self._solutions(cells := "".join(words)) == 0:
             raise ValueError("this one has no solution")
-        return "sudoku6\n" + self._lines(cells) + "\n"
+        return f"sudoku6\n{self._lines(cells)}\n"
 
     def hint(self, prompt):
         """What to expect of a puzzle with more than one solution, "" for others."""
@@ -163,6 +182,13 @@ class Sudoku6:
 
     def split_key(self, prompt, answer):
         return answer
+
+
+@lru_cache(maxsize=None)
+def hard_sudoku(number: int) -> tuple[str, str]:
+    """The cells of hard puzzle `number` of those that training has copies of, and of its grid."""
+    prompt, answer = Sudoku6(hard=True).make(random.Random(f"hard {number}"))
+    return "".join(prompt.split()[1:]), "".join(answer.split())
 
 
 # ------------------------------------------------------------------ countdown
@@ -239,28 +265,29 @@ class Countdown:
 # ------------------------------------------------------------------ hops
 class Hops:
     """`chains` trails of `length` letters, each ending at a digit of its own, as pairs in shuffled
-    order: "af" leads from a to f, "f3" to the end. The answer is the digit to which the trail of a
-    letter leads. How many pairs are on the way is uniform from 1 to `length`, and none of the
+    order: "a>f" leads from a to f, "f>3" to the end. The answer is the digit to which the trail of
+    a letter leads. How many pairs are on the way is uniform from 1 to `length`, and none of the
     stations is ever written."""
 
     def __init__(self, chains: int = 3, length: int = 6, hops: int | None = None):
         self.chains, self.length, self.hops = chains, length, hops
 
     def make(self, rng):
-        names = rng.sample(string.ascii_lowercase, self.chains * self.length)
+        size = self.chains * self.length
+        names = rng.sample(string.ascii_lowercase[:size], size)
         ends, pairs = rng.sample(string.digits, self.chains), []
         for i, end in enumerate(ends):
             trail = [*names[i * self.length:(i + 1) * self.length], end]
-            pairs += [a + b for a, b in zip(trail, trail[1:])]
+            pairs += [f"{a}>{b}" for a, b in zip(trail, trail[1:])]
         rng.shuffle(pairs)
         start = names[self.length - (self.hops or rng.randint(1, self.length))]
-        return f"hops\n{' '.join(pairs)}\n{start}=", ends[0]
+        return f"hops\n{' '.join(pairs)}\n{start}>", ends[0]
 
     @staticmethod
     def trail(prompt: str) -> str:
         """The letters on the way and the digit at its end."""
         _, *pairs, start = prompt.split()
-        target, way = dict(pairs), start[0]
+        target, way = dict(pair.split(">") for pair in pairs), start[0]
         while way[-1] in target:
             way += target[way[-1]]
         return way

@@ -12,7 +12,7 @@ import torch
 import bench
 from model import load
 from tasks import TASKS, draw, is_held_out
-from tasks.depth import DEPTH, UNITS, Countdown, Hops, Sudoku6, worked_out
+from tasks.depth import DEPTH, UNITS, Countdown, Hops, Sudoku6, hard_sudoku, worked_out
 
 NAMES = ["sudoku6", "sudoku6-hard", "countdown", "hops", "halves"]
 SUDOKUS = pytest.mark.parametrize("name", NAMES[:2])
@@ -42,7 +42,7 @@ def test_what_each_looks_like():
                 assert re.fullmatch(r"halves [a-h]\n([a-h]>[a-h] ){7}[a-h]>[a-h]\n", prompt)
                 assert re.fullmatch("[12a-h](>[12a-h]){7}", answer)
             else:
-                assert re.fullmatch(r"hops\n([a-z][a-z0-9] ){17}[a-z][a-z0-9]\n[a-z]=", prompt)
+                assert re.fullmatch(r"hops\n([a-r]>[a-r0-9] ){17}[a-r]>[a-r0-9]\n[a-r]>", prompt)
                 assert re.fullmatch("[0-9]", answer)
 
 
@@ -102,6 +102,35 @@ def test_a_sudoku6_has_one_solution_of_its_grade(name):
         assert solved_by_singles(puzzle) == (name == "sudoku6")
         givens.add(36 - puzzle.count("."))
     assert min(givens) >= 8 and max(givens) <= 16 and len(givens) > 1
+
+
+def test_training_has_many_copies_of_a_hard_sudoku(monkeypatch):
+    """Each is hard and not held out, hardly any twice; and has as many of a digit, in a row and in
+    a column as the one that it is a copy of, whatever these are called now. Held out are others,
+    and the easier grade has no copies."""
+    def looks(cells: str) -> list:
+        rows = [cells[i:i + 6] for i in range(0, 36, 6)]
+        return [sorted(6 - "".join(line).count(".") for line in rows),
+                sorted(6 - column.count(".") for column in zip(*rows)),
+                sorted(map(cells.count, "123456"))]
+
+    monkeypatch.setattr(Sudoku6, "pool", 2)
+    rng, puzzles = random.Random(0), set()
+    for _ in range(60):
+        prompt, answer = draw("sudoku6-hard", rng, held_out=False)
+        puzzle = "".join(prompt.split()[1:])
+        assert not is_held_out(TASKS["sudoku6-hard"], prompt, answer)
+        assert TASKS["sudoku6-hard"].check(prompt, answer) and not solved_by_singles(puzzle)
+        puzzles.add(puzzle)
+    assert len(puzzles) > 57 and all(len(solutions(puzzle)) == 1 for puzzle in puzzles)
+    of_two = [looks(hard_sudoku(i)[0]) for i in range(2)]
+    assert of_two[0] != of_two[1] and all(looks(puzzle) in of_two for puzzle in puzzles)
+    assert len({puzzle.replace(".", "")[:6] for puzzle in puzzles}) > 50  # digits are renamed
+    assert len({tuple(c == "." for c in puzzle) for puzzle in puzzles}) > 50  # and cells moved
+    prompt, answer = draw("sudoku6-hard", random.Random(0), held_out=True)
+    assert looks("".join(prompt.split()[1:])) not in of_two
+    task = TASKS["sudoku6"]
+    assert task.practice(random.Random(0)) == task.make(random.Random(0))
 
 
 @SUDOKUS
@@ -228,7 +257,7 @@ def followed(prompt: str) -> str:
     _, pairs, query = prompt.split("\n")
     at = query[0]
     while at.isalpha():
-        [at] = re.findall(f" {at}(.)", " " + pairs)
+        [at] = re.findall(f" {at}>(.)", " " + pairs)
     return at
 
 

@@ -379,10 +379,10 @@ def test_arguments_that_make_no_sense(argv, words, capsys, tmp_path, monkeypatch
 
 @pytest.fixture
 def few(monkeypatch):
-    """Batches of at most 8, in place of the 256 that are held out."""
+    """Batches of at most 2, in place of the 256 that are held out."""
     drawn = examples
     monkeypatch.setattr(pretrain, "examples", lambda task, tokenizer, rng, size, *rest:
-                        drawn(task, tokenizer, rng, min(size, 8), *rest))
+                        drawn(task, tokenizer, rng, min(size, 2), *rest))
 
 
 def test_pretraining_writes_a_checkpoint_that_loads(few, tmp_path, monkeypatch, capsys):
@@ -416,15 +416,18 @@ def test_pretraining_on_haystacks(few, tmp_path):
     assert stated(tmp_path).tasks == [f"{kind}-64" for kind in KINDS]
 
 
-@pytest.mark.parametrize("name, layers, length", [("halves", 3, 16), ("sudoku6", 4, 42)])
-def test_pretraining_on_one_task(few, tmp_path, name, layers, length):
-    """Two updates of checkpoints/tiny, with answers and layers of its own."""
+@pytest.mark.parametrize("name, begun, layers, length", [
+    ("halves", "tiny", 3, 16), ("sudoku6", "tiny", 4, 42), ("sudoku6-hard", "sudoku6", 4, 42)])
+def test_pretraining_from_a_model_that_knows_less(few, tmp_path, name, begun, layers, length):
+    """Two updates of one shipped, with answers and layers of its own."""
     assert pretrain.main([name, "--out", str(tmp_path), "--steps", "2", "--batch-size", "4",
                           "--device", "cpu"]) == 0
-    start, moved = load("tiny", "cpu")[0], load(tmp_path, "cpu")[0]
-    assert not torch.equal(start.head.weight, moved.head.weight)
-    assert moved.config.layers == layers and stated(tmp_path) == (length, [name])
-    assert f"held_out_{name}" in metrics_of(tmp_path / "pretraining")[-1]
+    start, moved = load(begun, "cpu")[0], load(tmp_path, "cpu")[0]
+    assert 0 < (start.head.weight - moved.head.weight).abs().max() < 1e-4
+    assert moved.config.layers == layers
+    assert stated(tmp_path) == (length, [*COURSES[name].tasks]) and name in COURSES[name].tasks
+    assert {f"held_out_{task}" for task in COURSES[name].tasks} <= \
+        metrics_of(tmp_path / "pretraining")[-1].keys()
 
 
 # ------------------------------------------------------------------ stories
