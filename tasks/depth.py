@@ -131,9 +131,9 @@ class Sudoku6:
                 return self._example(puzzle, grid)
 
     def practice(self, rng):
-        """To make a hard one takes a tenth of a second. So training has copies of `pool` of them,
-        2.5 million of each: other digits, other orders of the boxes, of the rows and columns in
-        them.  # ours"""
+        """A training example. To make a hard one takes a tenth of a second: those are copies of
+        `pool` of them, 2.5 million of each, with other digits and other orders of the boxes and of
+        the rows and columns in them.  # ours"""
         if not self.hard:
             return self.make(rng)
         rows = [2 * i + k for i in rng.sample(range(3), 3) for k in rng.sample(range(2), 2)]
