@@ -6,7 +6,8 @@
 Soft tokens need no training, but what they hand on is all that they ever do; a memory that begins
 at zero can learn more, but only where the first small step already helps (docs/experiments.md). So
 it first learns to hand on what the teacher does, along the teacher's own trajectories: no gradient
-passes the backbone, and K steps cost a forward each.
+passes the backbone, and K steps cost a forward each. The log has far_1 .. far_K in place of
+dense_k. Nobody published this; all of it is our choice.
 """
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ from train import unrolled_loss
 
 class Pupil:
     """A memory that watches another at work. The backbone gets what the teacher hands on; `far` has
-    how far the pupil's would have been from it at every step: the squared distance, summed over the
-    width and the positions, for each masked position."""
+    how far the pupil's would have been from it at every step: the squared distance, summed over
+    width and positions and divided by the number of those that are masked, a scalar."""
 
     def __init__(self, memory, teacher, mask: torch.Tensor):
         self.memory, self.teacher, self.mask, self.far = memory, teacher, mask, []

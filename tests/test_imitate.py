@@ -85,7 +85,7 @@ def test_the_pupil_learns_through_its_state(shown):
 
 
 def test_the_command_writes_a_memory_to_go_on_from(tmp_path):
-    """train.py's, with distances in its log, and another loss's run is another run."""
+    """train.py's, with distances in its log, of which the loss is the mean."""
     options = ["--ckpt", "soft-tiny", "--K", "2", "--steps", "2", "--batch-size", "2", "--micros",
                "1", "--device", "cpu", "--out", str(tmp_path)]
     assert imitate.main([*options, "--teacher", str(SOFT)]) == 0
