@@ -231,6 +231,7 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
     first = [x for micro in range(args.micros) for x in batch(0, micro) if x is not None]
     file, init = getattr(args, "data", None), getattr(args, "init", None)
     own = [*map(identity.of_file, getattr(args, "own", None) or [])]
+    teacher = [*map(identity.of_file, filter(None, [getattr(args, "teacher", None)]))]
     sizes = {k: v for k, v in asdict(backbone.config).items() if k != "dtype"}
     return {**{k: v for k, v in vars(args).items() if k not in same},
             "backbone": identity.bits(repr(sizes), backbone.parameters()),
@@ -239,4 +240,5 @@ def run_settings(args: argparse.Namespace, backbone, tokenizer, batch: Callable,
             "tokenizer": identity.of_text(tokenizer.core.to_str()),
             "data": [file and " ".join(map(identity.of_file, getattr(file, "files", [file]))),
                      identity.bits("", first)],
-            "code": identity.of_code(*code), **({"own": own} if own else {})}
+            "code": identity.of_code(*code), **({"own": own} if own else {}),
+            **({"teacher": teacher} if teacher else {})}

@@ -11,7 +11,7 @@ from conftest import seeded
 import train
 from lib.data import task_batch
 from lib.hub import CHECKPOINTS
-from lib.memories import load_memory
+from lib.memories import load_memory, save_memory
 from metastate import MetaState
 from model import load
 from studies import imitate
@@ -84,7 +84,7 @@ def test_the_pupil_learns_through_its_state(shown):
         memory.updater.from_s.weight, memory.mixer.attention.q.weight, memory.identity))
 
 
-def test_the_command_writes_a_memory_to_go_on_from(tmp_path):
+def test_the_command_writes_a_memory_to_go_on_from(tmp_path, capsys):
     """train.py's, with distances in its log, of which the loss is the mean."""
     options = ["--ckpt", "soft-tiny", "--K", "2", "--steps", "2", "--batch-size", "2", "--micros",
                "1", "--device", "cpu", "--out", str(tmp_path)]
@@ -94,6 +94,16 @@ def test_the_command_writes_a_memory_to_go_on_from(tmp_path):
     first, *_ = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
                  if "far_1" in line]
     assert first["loss"] == pytest.approx((first["far_1"] + first["far_2"]) / 2, rel=1e-4)
+    other = tmp_path / "other.safetensors"  # the run is known by what its teacher holds
+    other.write_bytes(SOFT.read_bytes())
+    assert imitate.main([*options, "--teacher", str(other)]) == 0
+    backbone, _ = load("soft-tiny", "cpu", torch.float32)
+    changed = load_memory(other, backbone)
+    changed.head *= 2
+    save_memory(other, changed, backbone.fingerprint())
+    capsys.readouterr()
+    assert imitate.main([*options, "--teacher", str(other)]) == 2
+    assert "teacher" in capsys.readouterr().err
 
 
 def test_a_teacher_is_of_the_same_backbone(tmp_path, capsys):
